@@ -88,9 +88,16 @@ def _short(namespace: str) -> str:
 def writes(file: FileLogObserver, log_format: str) -> ILogObserver:
     """Return an observer that writes to the file of `file` in one of `settings.LOG_FORMATS`."""
     if log_format == "text":
+        format_event = file.formatEvent
+        file.formatEvent = lambda event: _encodable(format_event(event) or "")
         return ShortNamespaces(file)
     file.formatEvent = json_line
     return file
+
+
+def _encodable(text: str) -> str:
+    """Escape surrogates, as in a path that is not UTF-8: neither a file in UTF-8 nor JSON can hold them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 _EXACT = 2**63
@@ -121,10 +128,10 @@ def _document(event: LogEvent) -> dict[str, object]:
     namespace = str(event.get("log_namespace", ""))
     is_former = namespace == "log_legacy"
     failure = event.get("log_failure", event.get("failure") if is_former else None)
-    message = formatEvent(event)
+    message = _encodable(formatEvent(event))
     if isinstance(failure, Failure) and is_former:
         # Their text has the traceback in it.
-        message = str(event.get("why") or "Unhandled Error")
+        message = _encodable(str(event.get("why") or "Unhandled Error"))
     document: dict[str, object] = {
         "time": _rfc_3339(event.get("log_time", time.time())),
         "level": event.get("log_level", LogLevel.info).name,
@@ -158,14 +165,14 @@ def _plain(value: object) -> object:
     if isinstance(value, float) and math.isfinite(value):
         return value
     try:
-        return str(value)
+        return _encodable(str(value))
     except Exception:
         return f"an instance of {_name(type(value))} that has no text"
 
 
 def _traceback(failure: Failure) -> str:
     try:
-        return str(failure.getTraceback())
+        return _encodable(str(failure.getTraceback()))
     except Exception as error:
         return f"no traceback: {type(error).__name__}"
 

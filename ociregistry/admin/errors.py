@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from zope.interface import implementer
 
+from ociregistry.config.values import printable
+
 _MOST = 50
 _LONGEST = 1000
 """Characters of a text."""
@@ -36,7 +38,7 @@ class RecentErrors:
         """Keep `event` if it is of a failure."""
         if event.get("log_level") in _LEVELS:
             time = datetime.fromtimestamp(event["log_time"], UTC)
-            text = formatEvent(event)[:_LONGEST]
+            text = printable(formatEvent(event)[:_LONGEST])[:_LONGEST]
             self._errors.append(LoggedError(time, event.get("log_namespace", ""), text))
 
     @property

@@ -13,6 +13,7 @@ from ociregistry import __version__
 from ociregistry.admin.errors import LoggedError, RecentErrors
 from ociregistry.admin.rates import Rates, seconds_left
 from ociregistry.admin.requests import Requests
+from ociregistry.config.values import count_text, printable
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import Completion, Incomplete
@@ -57,7 +58,7 @@ class IncompleteState(Incomplete):
 
     seconds_left: int | None = None
     """Until all missing bytes are here, if all that comes from upstreams are such bytes. None as for a download, and
-    while a link that bytes are wanted from is down."""
+    while a link that bytes are wanted from is down, or the disk has no room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ class StatusReader:
             reasons=tuple(reasons(faults, links, incomplete)),
             listeners=tuple(self._server.addresses()),
             air_gapped=self._air_gapped,
-            store=self._path,
+            store=printable(self._path),
             records=self._store.counts,
             usage=self._store.usage.latest,
             disk=self._store.room,
@@ -189,7 +190,7 @@ class StatusReader:
         found = self._completion.incomplete
         # Blobs count as missing until they are complete.
         here = sum(download.length for download in self._cache.in_flight.values())
-        waits = any(link.wanted for link in links)
+        waits = self._store.faults.has_no_room or any(link.wanted for link in links)
         left = None if waits else seconds_left(max(0, found.bytes - here), self._rates.all)
         return IncompleteState(found.images, found.bytes, found.pending, found.indexes, left)
 
@@ -247,16 +248,24 @@ def _incomplete_images(store: Store, missing: Mapping[Digest, int]) -> Iterator[
             yield IncompleteImage(url or str(digest), str(digest), missing[digest])
 
 
+_MOST_HOSTS = 10
+"""Hosts that are named as reasons; the links tell of each."""
+
+
 def reasons(faults: Sequence[str], links: Sequence[LinkState], incomplete: Incomplete) -> Iterator[str]:
     """Yield why the daemon is degraded: the one place that decides it.
 
     A host that nothing has ever come from may be one that a client has made up, so it counts only if bytes are
-    missing.
+    missing, and after the others; clients may make up a thousand.
     """
     yield from faults
-    for link in links:
-        if link.wanted and (link.named or incomplete.bytes):
-            yield f"{link.host} cannot be reached, and something from it is wanted: {link.why}"
+    wanted = [link for link in links if link.wanted and (link.named or incomplete.bytes)]
+    wanted.sort(key=lambda link: not link.named)
+    for link in wanted[:_MOST_HOSTS]:
+        yield f"{link.host} cannot be reached, and something from it is wanted: {link.why}"
+    others = len(wanted) - _MOST_HOSTS
+    if others > 0:
+        yield f"{count_text(others, 'other host')} cannot be reached, and something is wanted from there"
 
 
 def document(status: Status, now: datetime) -> dict[str, object]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ociregistry import __version__
 from ociregistry.commands.options import CommandFailed
+from ociregistry.config.values import printable
 from ociregistry.names import Digest
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.usage import measured
@@ -130,7 +131,7 @@ def _told_by_files(snapshot: Snapshot) -> Document:
         "reasons": [],
         "version": __version__,
         "store": {
-            "path": str(snapshot.root),
+            "path": printable(str(snapshot.root)),
             "lists": len(records) - len(images),
             "images": len(images),
             **asdict(measured(snapshot.root, time.monotonic)),

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from twisted.python import usage
 
@@ -146,6 +146,17 @@ def print_unreadable(files: Mapping[Path, str]) -> None:
         print_error(f"warning: {line}")
 
 
+def standard_output() -> TextIO:
+    """Return stdout.
+
+    Raises:
+        CommandFailed: it is closed.
+    """
+    if sys.stdout is None:
+        raise CommandFailed("cannot print: the standard output is closed")
+    return sys.stdout
+
+
 def print_lines(lines: Iterable[str]) -> None:
     """Print to stdout; escape characters that its encoding lacks.
 
@@ -153,15 +164,14 @@ def print_lines(lines: Iterable[str]) -> None:
         CommandFailed: stdout is closed or cannot be written.
         SystemExit: the reader closed the pipe.
     """
-    if sys.stdout is None:
-        raise CommandFailed("cannot print: the standard output is closed")
+    stdout = standard_output()
     try:
         for line in lines:
-            sys.stdout.buffer.write(f"{line}\n".encode(sys.stdout.encoding, "backslashreplace"))
-        sys.stdout.flush()
+            stdout.buffer.write(f"{line}\n".encode(stdout.encoding, "backslashreplace"))
+        stdout.flush()
     except OSError as error:
         # Without this, Python flushes again when the process ends, and prints a second error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from None
         raise CommandFailed(f"cannot print: {error.strerror}") from None

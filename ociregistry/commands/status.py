@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import sys
 import time
 from datetime import UTC, datetime
 from typing import TypedDict
 
 from ociregistry.admin.terminal import lines, sentence
 from ociregistry.commands.facts import STOPPED, Document, Facts, Silent
-from ociregistry.commands.options import Command, CommandFailed, print_lines, print_unreadable
+from ociregistry.commands.options import Command, CommandFailed, print_lines, print_unreadable, standard_output
 from ociregistry.process import print_error
 from ociregistry.settings import Settings
 
@@ -91,14 +91,19 @@ class Status(Command):
             ) from None
 
     def _print(self, shown: list[str]) -> None:
-        """Print a look: on a terminal over the one before."""
-        if not sys.stdout.isatty() or self["json"]:
+        """Print a look: on a screen over the one before."""
+        if self["json"] or not _is_screen():
             print_lines(shown if self["json"] else [*shown, ""])
             return
         height = shutil.get_terminal_size().lines - 1
         if len(shown) > height:
             shown = [*shown[: height - 1], f"and {len(shown) - height + 1} more lines"]
         print_lines([_HOME + "\n".join(f"{line}{_TO_END_OF_LINE}" for line in shown) + _TO_END_OF_SCREEN])
+
+
+def _is_screen() -> bool:
+    """Return whether the cursor can be moved on the standard output."""
+    return standard_output().isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class _Terminal(TypedDict):
@@ -108,5 +113,5 @@ class _Terminal(TypedDict):
 
 def _terminal() -> _Terminal:
     """Return what the standard output can show; where it is no terminal, lines have 80 columns."""
-    encoding = sys.stdout.encoding.lower().replace("-", "")
+    encoding = standard_output().encoding.lower().replace("-", "")
     return {"width": shutil.get_terminal_size().columns, "unicode": encoding == "utf8"}

@@ -22,6 +22,8 @@ _log = Logger(namespace="ociregistry.config")
 
 _LOOK_EVERY = 5.0
 """Seconds."""
+_MOST_LOOKS = 12
+"""Looks in a row at files that change each time, until they are read as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class ConfigFiles:
 class FileWatcher(Service):
     """Tells when files have other versions than those that were read, and have kept them from one look to the next.
 
+    A file that is written or touched all the time delays that by a minute, so that it does not hide other changes.
     A file that is missing is no news by itself: it may be about to be exchanged, and nothing can be read from it.
     """
 
@@ -96,6 +99,8 @@ class FileWatcher(Service):
         self._changed = changed
         self._reactor = reactor
         self._last_look: Versions = {}
+        self._unsettled = 0
+        """Looks in a row that found other versions than the look before."""
         self._told: Versions = {}
         """The versions for which `changed` was last called: no second time, even if the files could not be read."""
         self._loop = LoopingCall(self._look)
@@ -133,8 +138,10 @@ class FileWatcher(Service):
         last_look, self._last_look = self._last_look, found
         read = self._read()
         changed = [str(path) for path, version in found.items() if path in read and version not in (None, read[path])]
-        if not changed or found != last_look or found == self._told or not self.running:
+        self._unsettled = self._unsettled + 1 if changed and found != last_look else 0
+        if not changed or 0 < self._unsettled < _MOST_LOOKS or found == self._told or not self.running:
             return None
+        self._unsettled = 0
         self._told = found
         _log.info("changed: {file}", file=", ".join(changed))
         return self._changed()

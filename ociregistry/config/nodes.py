@@ -10,6 +10,7 @@ from types import MappingProxyType
 import yaml
 
 from ociregistry.config.files import ConfigFiles, Versions
+from ociregistry.config.values import printable
 
 
 class ConfigInvalid(Exception):
@@ -63,11 +64,11 @@ class Node:
 
     def error(self, message: str) -> ConfigInvalid:
         """Make an error about this value, to be raised by the caller."""
-        return ConfigInvalid(_printable(f"{self.where}: {message}"))
+        return ConfigInvalid(printable(f"{self.where}: {message}"))
 
     def missing(self, key: str, why: str) -> ConfigInvalid:
         """Make an error about a `key` that this mapping lacks, to be raised by the caller."""
-        return ConfigInvalid(_printable(f"{self._line}: {key}: is missing: {why}"))
+        return ConfigInvalid(printable(f"{self._line}: {key}: is missing: {why}"))
 
     @property
     def is_absent(self) -> bool:
@@ -175,11 +176,6 @@ class Node:
             return self._files.read(path)
         except (OSError, ValueError) as error:
             raise self.error(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
-
-
-def _printable(text: str) -> str:
-    """Escape characters that are not printable, so that the text is one line of a log."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def _without_content(problem: str | None) -> str:

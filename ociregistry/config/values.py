@@ -20,6 +20,14 @@ _SHARE = re.compile(r"(?P<percent>[0-9]{1,2}(?:\.[0-9]{1,3})?) ?%")
 _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
 
 
+def printable(text: str) -> str:
+    """Escape characters that are not printable, so that the text is one line, and UTF-8 and JSON can hold it.
+
+    In Python, a path that is not UTF-8 has surrogates in it, which neither can.
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
 def parse_duration(text: str) -> timedelta:
     """Parse a duration such as `45s`, `90m`, `12h`, `30d` or `2w`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterable
 
+from ociregistry.config.values import printable, size_text
 from ociregistry.names import Digest
 from ociregistry.store.blobs import Blobs
 from ociregistry.store.folders import Folders
@@ -56,6 +57,11 @@ class Faults:
         return bool(self._refresh.why)
 
     @property
+    def has_no_room(self) -> bool:
+        """Whether something that is wanted does not fit on the disk, so that it will not be here."""
+        return self._space.room.full or bool(self._space.refused)
+
+    @property
     def sentences(self) -> list[str]:
         """The faults; empty if there are none."""
         space, folders, refresh = self._space.why, self._folders.why, self._refresh.why
@@ -65,13 +71,22 @@ class Faults:
             refresh and f"the store cannot be scanned: {refresh}",
             space and f"the free disk space cannot be read: {space}",
             "the disk is full, downloads stop: only what is kept in reserve is free" if self._space.room.full else "",
+            self._refused,
             _damaged("record", map(os.path.basename, self._refresh.damaged), "damaged or unreadable"),
             _damaged("blob", (blob.hex for blob in self._blobs.unreadable if self._index.sizes(blob)), "unreadable"),
             _damaged("record", (one.hex for one in self._lost_records if self._index.get(one) is None), _LOST),
             _damaged("blob", (one.hex for one in self._blobs.lost if self._index.sizes(one)), _LOST),
             _damaged("file", (one.hex for one in self._in_place), "damaged, and cannot be moved to bad/"),
         )
-        return [sentence for sentence in found if sentence]
+        return [printable(sentence) for sentence in found if sentence]
+
+    @property
+    def _refused(self) -> str:
+        room, refused = self._space.room, self._space.refused
+        if room.full or not refused:
+            return ""
+        left = size_text(max(0, room.free - room.reserve))
+        return f"the disk has no room for a download of {size_text(refused)}: beside the reserve {left} are free"
 
 
 _LOST = "damaged and could not be fetched again"

@@ -24,6 +24,8 @@ _READ_EVERY = 1.0
 """Seconds. Other processes write to the disk too."""
 _FULL = 2 * 1024 * 1024
 """Bytes above the reserve, more than a download writes at once: with less, every download stops."""
+_REFUSED_FOR = 300.0
+"""Seconds for which a refusal is told. A blob that is still wanted is tried again within that time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,16 @@ class Space:
         self._free = 0
         self._reserved = 0
         self._read_at = 0.0
+        self._refused = 0
+        self._refused_at = 0.0
         self._loop = LoopingCall(self._read_again)
         self._loop.clock = clock
+
+    @property
+    def refused(self) -> int:
+        """The bytes of the last write that was refused, within five minutes; 0 if none was, or they fit by now."""
+        is_recent = self._clock.seconds() - self._refused_at < _REFUSED_FOR
+        return self._refused if is_recent and self._refused + self.room.reserve > self.room.free else 0
 
     def reconfigure(self, reserve: Reserve) -> None:
         """Apply a new `reserve` from the next reading on."""
@@ -121,6 +131,7 @@ class Space:
             self._make_room(missing)
             self._read()
         if self._missing(count) > 0:
+            self._refused, self._refused_at = count, self._clock.seconds()
             raise OSError(
                 errno.ENOSPC,
                 f"the disk of {self._folder} has no room: {count} bytes are needed and {self._free} are free, "

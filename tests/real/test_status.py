@@ -191,6 +191,22 @@ def test_full_disk(tmp_path: Path, watch: Callable[..., Watched]) -> None:
         watched.daemon.terminate()
 
 
+def test_image_that_does_not_fit(tmp_path: Path, watch: Callable[..., Watched]) -> None:
+    """The disk is not full, but the image will not be here, however fast the link is."""
+    with small_disk(tmp_path / "disk", 24 * MIB) as disk:
+        watched = watch(image_path=disk.path / "images")
+        watched.pull()
+        watched.upstream.add("team/large", make_image("large", layers=1, layer_size=30 * MIB), "1")
+        assert watched.ask(repository="team/large") == 200
+        watched.wait(lambda told: told["status"] == "degraded", "it is refused")
+        assert not watched.told["disk"]["full"]
+        assert watched.told["incomplete"]["seconds_left"] is None
+        done = watched.status()
+        assert done.returncode == 1
+        assert "! the disk has no room for a download of 31.5 MB: beside the reserve" in " ".join(done.stdout.split())
+        watched.daemon.terminate()
+
+
 def test_damage_that_cannot_be_repaired(watch: Callable[..., Watched]) -> None:
     """As the schedule of verification says, one is due when the daemon starts again."""
     watched = watch(settings={"verify": {"every": "1h"}})
@@ -273,6 +289,21 @@ def test_small_terminal_does_not_scroll(watch: Callable[..., Watched], tmp_path:
         lines = terminal.wait(lambda lines: len(lines) == 3, "three lines and the cursor's")
         assert re.fullmatch(r"and \d+ more lines", lines[-1])
         assert terminal.interrupt() == 0
+
+
+def test_watch_on_a_dumb_terminal_is_plain(watch: Callable[..., Watched], tmp_path: Path) -> None:
+    argv = command(watch().daemon, "--watch")
+    with on_terminal(argv, tmp_path, 80, 24, {"TERM": "dumb"}) as terminal:
+        wait_until(lambda: terminal.read().count("ociregistry ") == 2, SOON, "the second look")
+        assert terminal.interrupt() == 0
+        assert "\x1b" not in terminal.read()
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--watch",), ("--watch", "--json")])
+def test_closed_standard_output(watch: Callable[..., Watched], options: tuple[str, ...]) -> None:
+    daemon = watch().daemon
+    done = run(["sh", "-c", 'exec "$@" >&-', "sh", *command(daemon, *options)], check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "ociregistry: cannot print: the standard output is closed\n")
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

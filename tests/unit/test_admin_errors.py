@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from twisted.logger import Logger, LogLevel
 
@@ -33,6 +35,11 @@ def test_defect_is_kept_without_its_traceback(recent: RecentErrors, log: Logger)
     except ValueError:
         log.failure("a defect in answering {path}", path="/v2/")
     assert [error.text for error in recent.errors] == ["a defect in answering /v2/"]
+
+
+def test_text_is_one_line_that_every_reader_can_show(recent: RecentErrors, log: Logger) -> None:
+    log.error("{path}: {why}", path=Path("/store/\udcff"), why="a\nb\x1b[31m\u202e")
+    assert [error.text for error in recent.errors] == [r"/store/\udcff: a\nb\x1b[31m\u202e"]
 
 
 def test_number_and_length_are_bounded(recent: RecentErrors, log: Logger) -> None:

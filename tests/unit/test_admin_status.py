@@ -37,7 +37,7 @@ MADE_UP_TOLD = ["made-up.example:443 cannot be reached, and something from it is
         ((UP, DOWN), SOMETHING, []),
         ((UP, WANTED), NOTHING, TOLD),
         ((MADE_UP,), NOTHING, []),
-        ((MADE_UP, WANTED), SOMETHING, MADE_UP_TOLD + TOLD),
+        ((MADE_UP, WANTED), SOMETHING, TOLD + MADE_UP_TOLD),
     ],
 )
 def test_link_counts_while_something_is_wanted(
@@ -45,6 +45,14 @@ def test_link_counts_while_something_is_wanted(
 ) -> None:
     """A host that never answered, as clients may make up any, counts only if bytes are missing."""
     assert list(reasons([], links, incomplete)) == told
+
+
+def test_made_up_hosts_are_told_in_short_and_last() -> None:
+    links = [*(replace(MADE_UP, host=f"{number}.example:443") for number in range(1000)), WANTED]
+    told = list(reasons([], links, SOMETHING))
+    assert told[:1] == TOLD
+    assert len(told) == 11
+    assert told[-1] == "991 other hosts cannot be reached, and something is wanted from there"
 
 
 def test_faults_of_the_store_come_first() -> None:

@@ -52,6 +52,14 @@ def test_files_of_an_empty_store(store_dir: StoreDir, ask: Ask) -> None:
     assert result.lines[-1] == "missing   nothing"
 
 
+def test_json_of_a_store_whose_path_is_not_utf_8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "\udcff"
+    StoreDir(root)
+    result = run(capfd, "--image-path", root, "status", "--json")
+    assert result.status == 2
+    assert json.loads(result.out)["store"]["path"] == rf"{tmp_path}/\udcff"
+
+
 def test_files_tell_what_is_missing(store_dir: StoreDir, ask: Ask) -> None:
     """A blob that several images lack counts once, and an undecided image lacks nothing yet."""
     store_dir.put(WHOLE, "app:1", wanted=True)

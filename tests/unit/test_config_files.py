@@ -159,6 +159,22 @@ async def test_file_that_is_being_written_is_not_told_of(watch: Callable[..., Lo
 
 
 @on_reactor
+async def test_file_that_never_rests_delays_other_changes_by_a_minute(
+    watch: Callable[..., Looks], path: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.write_text("")
+    looks = watch(path, other)
+    other.write_text("changed")
+    for minute in range(2):
+        for look in range(1, 13):
+            os.utime(path, (1, 100 * minute + look))
+            assert await looks.look() == (look == 12), look
+    # At rest again.
+    assert await looks.look(3) == 0
+
+
+@on_reactor
 async def test_files_of_a_volume_are_exchanged_at_once(
     watch: Callable[..., Looks], tmp_path: Path, events: list[LogEvent]
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from twisted.internet.task import Clock
-from twisted.logger import LogEvent, LogLevel
+from twisted.logger import LogEvent, Logger, LogLevel
 
 from ociregistry import __version__
 from ociregistry.admin.metrics import Metrics
@@ -143,6 +143,22 @@ async def test_fault_of_the_store_is_counted(daemons: Daemons, network: Network,
     daemons.start(*ANYWHERE, "--reserve", "100000TB")
     found = samples(await (await ask(network, events, "/metrics")).collect(1_000_000))
     assert (found["ociregistry_store_faults", ()], found["ociregistry_disk_full", ()]) == (1, 1)
+
+
+@pytest.mark.parametrize("path", ["/status", *PAGES])
+@on_reactor
+async def test_store_whose_path_is_not_utf_8(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "\udcff"
+    daemons.start(*ANYWHERE, "--image-path", str(root))
+    Logger(namespace="ociregistry.store").error("no {path}", path=root)
+    answer = await ask(network, events, path)
+    assert answer.status == 200
+    text = (await answer.collect(100_000)).decode()
+    if path == "/status":
+        told = json.loads(text)
+        assert (told["store"]["path"], told["errors"][0]["text"]) == (rf"{tmp_path}/\udcff", rf"no {tmp_path}/\udcff")
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/status", *PAGES, *FILES])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,26 @@ async def test_full_disk(store: Store, clock: Clock) -> None:
     await told(store, clock)
 
 
+@on_reactor
+async def test_download_that_does_not_fit(store: Store, clock: Clock) -> None:
+    """A disk is not full as long as smaller ones fit, but what does not fit will never be here."""
+    assert not store.faults.has_no_room
+    with pytest.raises(OSError, match="has no room"):
+        await store.check_room(1 << 62)
+    (sentence,) = store.faults.sentences
+    assert re.fullmatch(
+        r"the disk has no room for a download of [\d.]+ .B: beside the reserve [\d.]+ .B are free", sentence
+    )
+    assert store.faults.has_no_room
+    clock.advance(300)
+    await told(store, clock)
+    assert not store.faults.has_no_room
+
+
 @pytest.mark.parametrize("part", ["_folders", "_refresh", "_space"])
 def test_what_the_parts_cannot_do(store: Store, part: str) -> None:
-    getattr(store, part).why = "/store: why"
+    getattr(store, part).why = "/store/\udcff: why"
     (sentence,) = store.faults.sentences
-    assert sentence.endswith(": /store: why")
+    assert sentence.endswith(r": /store/\udcff: why"), "a path that is not UTF-8"
     getattr(store, part).why = ""
     assert store.faults.sentences == []

@@ -87,6 +87,23 @@ async def test_space_above_the_reserve_is_granted(space: Space, tmp_path: Path) 
 
 
 @on_reactor
+async def test_refused_write_is_told_until_it_fits_or_is_wanted_no_more(
+    space: Space, disk: Disk, clock: Clock
+) -> None:
+    assert space.refused == 0
+    await refused(space, 95 * MIB)
+    assert space.refused == 95 * MIB
+    disk.free += 5 * MIB
+    clock.advance(1)
+    await until(lambda: space.refused == 0)
+    await refused(space, 96 * MIB)
+    clock.advance(299)
+    assert space.refused == 96 * MIB
+    clock.advance(1)
+    assert space.refused == 0
+
+
+@on_reactor
 async def test_space_needed_by_others_is_not_reserved(space: Space, disk: Disk) -> None:
     """A slow download, or one with a false declared size, does not block others."""
     await space.check(90 * MIB)

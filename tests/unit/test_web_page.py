@@ -22,6 +22,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.store.listing import ListedImage, Listing, Order
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
 from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState
@@ -128,6 +129,7 @@ def test_figures() -> None:
     assert "Received 12 B 6.0 MB sent to clients" in text
     assert "250.0 kB/s at all times" in text
     assert "Up for 26 h 0 min 3 requests in flight" in text
+    assert "Store 1.2 kB 1 image, 1000 lists" in shown(records=Counts(lists=1000, images=1)).text
     text = shown(usage=None, disk=Room(500, 0, 100, full=True), bandwidth=BandwidthLimit(None, "08:00-18:00")).text
     assert "full: only the reserve is left" in text
     assert "Store measuring" in text
