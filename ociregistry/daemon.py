@@ -30,7 +30,12 @@ from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.values import count_text
 from ociregistry.imagelists.reading import read_image_list
 from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces, writes
-from ociregistry.process import exit_with, let_reactor_handle_interrupts, raise_file_descriptor_limit
+from ociregistry.process import (
+    exit_with,
+    let_reactor_handle_interrupts,
+    raise_file_descriptor_limit,
+    unusable_store,
+)
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.fetchers import BackgroundFetcher
@@ -207,7 +212,7 @@ class Daemon(MultiService):
                 # The index and the program stay: a collection that goes through them finds nothing, and all wait.
                 gc.freeze()
         except OSError as error:
-            self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
+            self._give_up(unusable_store(self._settings.image_path, error))
         self._maintenance.reconfigure(self._settings.prune, self._settings.verify)
         signal.signal(signal.SIGHUP, self._hung_up)
         # The reactor runs next.

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -49,6 +50,13 @@ def let_reactor_handle_interrupts() -> None:
     """Undo `let_interrupts_end_the_process`: the reactor only replaces Python's own handler by one that stops it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def unusable_store(root: Path, error: OSError) -> str:
+    """Return the line that says why a store cannot be used, and where permission is denied, for which user."""
+    where = f": {error.filename}" if error.filename not in (None, str(root)) else ""
+    user = f", as the user {os.geteuid()}" if isinstance(error, PermissionError) else ""
+    return f"cannot use the store {root}: {error.strerror or error}{where}{user}"
 
 
 def print_error(line: str) -> None:

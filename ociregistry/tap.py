@@ -13,7 +13,7 @@ from twisted.python import usage
 
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.process import exit_with, use_monotonic_clock
+from ociregistry.process import exit_with, unusable_store, use_monotonic_clock
 from ociregistry.settings import OPTIONS, Settings, load_settings
 
 
@@ -174,9 +174,7 @@ class Options(CommonOptions):
         except KeyboardInterrupt:
             exit_with("interrupted", 1)
         except OSError as error:
-            root = str(self.settings.image_path)
-            where = f": {error.filename}" if error.filename not in (None, root) else ""
-            exit_with(f"cannot use the store {root}: {error.strerror or error}{where}", 1)
+            exit_with(unusable_store(self.settings.image_path, error), 1)
         raise SystemExit(status)
 
 

@@ -32,6 +32,11 @@ class Block:
         """Whether it shows values of the Helm chart."""
         return self.text.startswith("# values.yaml\n")
 
+    @property
+    def is_of_the_cluster(self) -> bool:
+        """Whether it shows objects of Kubernetes."""
+        return "\napiVersion: " in self.text
+
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 

@@ -17,7 +17,9 @@ case ${1-} in
 esac
 
 for archive in "$@"; do
-    tar -xOf "$archive" index.json >/dev/null || fail "$archive: no index.json can be read"
+    [ -r "$archive" ] || fail "$archive: cannot be read"
+    tar -xOf "$archive" index.json >/dev/null 2>&1 ||
+        fail "$archive: not an OCI layout, as it has no index.json: ociregistry load and export make one of it"
 done
 
 # k3s and RKE2 have a containerd of their own, and a folder from which they import at every start.

@@ -85,7 +85,9 @@ class HostsFiles:
             lines = self._lines(path)
             if lines is None and os.path.lexists(path):
                 if not replace:
-                    raise CommandFailed(f"{path}: exists, and was not written by this command: move it away first")
+                    raise CommandFailed(
+                        f"{path}: exists, and was not written by this command: move it away, or use --replace"
+                    )
                 self._save(path)
             made = not path.parent.is_dir() or (lines or [])[1:2] == [_FOLDER_TOO]
             wanted = "\n".join([self.mark, *([_FOLDER_TOO] if made else []), text]).encode()

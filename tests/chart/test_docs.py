@@ -28,6 +28,16 @@ def test_values_have_an_effect(block: Block, tmp_path: Path) -> None:
     assert load_settings({}, (), tmp_path / "ociregistry.yaml").warnings == ()
 
 
+def test_volume_is_one_for_the_claim() -> None:
+    """That of the quick start: without a storage class, which the empty name stands for."""
+    (block,) = [block for block in blocks(PAGE) if block.is_of_the_cluster]
+    volume = yaml.safe_load(block.text)["spec"]
+    claim = render({"fullnameOverride": "ociregistry"}).all("PersistentVolumeClaim")[0]
+    assert volume["claimRef"]["name"] == claim["metadata"]["name"]
+    assert volume["accessModes"] == claim["spec"]["accessModes"]
+    assert volume["capacity"]["storage"] == claim["spec"]["resources"]["requests"]["storage"]
+
+
 def test_values_in_the_text_exist() -> None:
     text = PAGE.read_text(encoding="utf-8")
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))

@@ -93,6 +93,22 @@ def test_notes_tell_the_next_step(name: str) -> None:
     assert f"rollout status deployment/{RELEASE}-ociregistry" in text
     assert "crictl pull" in text
     enabled = CASES[name].values.get("nodeConfigurer", {}).get("enabled", False)
+    persistence = CASES[name].values.get("persistence", {}).get("type", "claim")
     assert ("containerd-config --url" in text) != enabled
-    assert ("pod-security.kubernetes.io/enforce=privileged" in text) == (enabled and "removes" not in name)
+    assert ("pod-security.kubernetes.io/enforce=privileged" in text) == (
+        (enabled and "removes" not in name) or persistence == "hostPath"
+    )
+    assert ("describe persistentvolumeclaim" in text) == (persistence == "claim")
     assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("name", ["missing.tar", "other.tar"])
+def test_import_names_what_is_no_archive_of_images(tmp_path: Path, name: str) -> None:
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        archive.add(CHART / "Chart.yaml", "manifest.json")
+    script = ["sh", str(CHART / "import-images.sh"), str(tmp_path / name)]
+    failed = subprocess.run(script, capture_output=True, text=True, check=False)
+    why = {"missing.tar": "cannot be read", "other.tar": "not an OCI layout, as it has no index.json"}[name]
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"{script[1]}: {script[2]}: {why}")
+    assert len(failed.stderr.splitlines()) == 1

@@ -145,6 +145,16 @@ def test_upgrade_with_another_entry_reloads_the_same_pod(
     assert PASSWORD not in json.dumps(cluster.get("configmaps", "--all-namespaces"))
 
 
+def test_upgrade_that_a_claim_cannot_follow_is_refused(cluster: Cluster, installation: Installation) -> None:
+    """Else all but the claim would change: two pods at a volume that only one may write."""
+    before = cluster.get("deployment", RELEASE, "--namespace", RELEASE)["spec"]
+    chart = (RELEASE, str(CHART), "--namespace", RELEASE, "--reuse-values")
+    with pytest.raises(RuntimeError, match=f"the claim {RELEASE} exists with ReadWriteOnce, which"):
+        cluster.run("helm", "upgrade", *chart, "--set", "replicas=2,persistence.accessModes={ReadWriteMany}")
+    assert cluster.get("deployment", RELEASE, "--namespace", RELEASE)["spec"] == before
+    installation.wait_until_ready()
+
+
 def test_pod_is_recreated_without_upstream_and_image(
     cluster: Cluster, upstream: PrivateUpstream, installation: Installation, pulled: Workload
 ) -> None:

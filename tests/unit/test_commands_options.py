@@ -210,7 +210,11 @@ def test_command_failed_has_a_status() -> None:
         (CommandFailed("it cannot be meant", 2), CommandResult(2, "", "ociregistry: it cannot be meant\n")),
         (
             PermissionError(13, "Permission denied", "/srv/img"),
-            CommandResult(1, "", "ociregistry: cannot use the store /srv: Permission denied: /srv/img\n"),
+            CommandResult(
+                1,
+                "",
+                f"ociregistry: cannot use the store /srv: Permission denied: /srv/img, as the user {os.geteuid()}\n",
+            ),
         ),
         (
             FileNotFoundError(2, "No such file or directory", "/srv"),

@@ -128,7 +128,9 @@ def test_unusable_store_ends_startup(
 ) -> None:
     (tmp_path / "file").touch()
     daemon = make(tmp_path / "file" / "store")
-    assert f"cannot use the store {tmp_path}/file/store: " in startup_error(capfd, daemon.startService, events)
+    assert f"cannot use the store {tmp_path}/file/store: Not a directory" in startup_error(
+        capfd, daemon.startService, events
+    )
 
 
 @pytest.mark.parametrize("level", ["error", "info"])

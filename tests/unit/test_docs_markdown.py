@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from ociregistry.commands.containerd_config import ContainerdConfig
 from ociregistry.settings import load_settings
+from ociregistry.tap import Options
 from tests.documents import PAGES, README, ROOT, Block, blocks
 
 _LANGUAGES = {"sh", "text", "json", "yaml", "toml", "ini", "dockerfile"}
@@ -62,7 +67,11 @@ def test_readme_links_to_every_page() -> None:
     assert [page.name for page in PAGES if page not in {README, *links}] == []
 
 
-CONFIGURATIONS = [one for one in of("yaml", "pruning.md", "bad-links.md", "kubernetes.md") if not one.is_of_the_chart]
+CONFIGURATIONS = [
+    one
+    for one in of("yaml", "pruning.md", "bad-links.md", "kubernetes.md")
+    if not (one.is_of_the_chart or one.is_of_the_cluster)
+]
 
 
 @pytest.mark.parametrize("block", CONFIGURATIONS, ids=str)
@@ -73,6 +82,42 @@ def test_configuration_examples_have_an_effect(block: Block, tmp_path: Path) -> 
     assert settings.warnings == ()
     path.write_text("")
     assert settings != load_settings({}, (), path)
+
+
+class CommandAccepted(Exception):
+    """The options of a command are sound."""
+
+
+class ParsedOnly(Options):
+    """The options without what they do: files that they name need not exist."""
+
+    def _make_settings(self) -> None:
+        pass
+
+    def _run(self, command: object) -> NoReturn:
+        raise CommandAccepted
+
+
+def _documented_words() -> Iterator[tuple[str, list[str]]]:
+    """Yield where a page shows the command, and the words behind its name."""
+    for block in of("sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words = list(lexer)
+            for number, word in enumerate(words):
+                # The name of a release, of a folder or of an account is another word's argument.
+                if word == "ociregistry" and (number == 0 or words[number - 1] in {"|", "--", "&&", "sudo"}):
+                    rest = words[number + 1 :]
+                    yield str(block), list(takewhile(lambda one: one[0] not in "|&;<>()", rest))
+
+
+@pytest.mark.parametrize(("where", "words"), list(_documented_words()))
+def test_commands_are_accepted(where: str, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Also those that no test runs."""
+    with suppress(CommandAccepted, SystemExit):
+        ParsedOnly().parseOptions(words)
+    assert capfd.readouterr().err == "", where
 
 
 def test_containerd_examples_match_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,13 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- if and $claim.existingClaim (ne $claim.type "existingClaim") -}}
 {{- fail (printf "persistence.existingClaim: has no effect with persistence.type %s: set the type existingClaim" $claim.type) -}}
 {{- end -}}
+{{- /* Kubernetes would refuse the claim alone, and two pods would share a volume that is not made for that. */ -}}
+{{- $name := include "ociregistry.fullname" . -}}
+{{- with ternary (lookup "v1" "PersistentVolumeClaim" .Release.Namespace $name) dict (eq $claim.type "claim") -}}
+{{- if ne (sortAlpha .spec.accessModes | join " ") (sortAlpha $claim.accessModes | join " ") -}}
+{{- fail (printf "persistence.accessModes: the claim %s exists with %s, which Kubernetes cannot change: delete that claim, and with it what is cached, or name another by the type existingClaim" $name (join ", " .spec.accessModes)) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.service.clusterIP (eq .Values.service.clusterIP "None") -}}
 {{- fail "service.clusterIP: nodes do not resolve the names of Services, so that a headless one is of no use" -}}
 {{- end -}}
