@@ -87,8 +87,9 @@ class Cache:
 
     @property
     def files(self) -> set[str]:
-        """All files in the store."""
+        """All files in the store, as soon as no record is being written, as the daemon also does by itself."""
         root = self.daemon.image_path
+        wait_until(lambda: not any(root.glob("pulls/*/*.record")), SOON, "all records are written")
         return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
     @property

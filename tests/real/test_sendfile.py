@@ -102,6 +102,16 @@ class Command(HTTPConnection):
             os.close(folder)
 
 
+@contextmanager
+def calls_of(cache: Cache, requests: int, names: str, output: Path) -> Iterator[Trace]:
+    """Record the system calls with these `names` that the daemon makes in the block, to answer that many requests."""
+    since = cache.log_size
+    with traced(cache.daemon.process.pid, names, output) as trace:
+        yield trace
+        # A client has its last byte before the call has returned.
+        wait_until(lambda: cache.daemon.log[since:].count("#info] GET /v2/") == requests, SOON, "all are answered")
+
+
 def stored(cache: Cache) -> Blob:
     """Return a layer of `SIZE` bytes that is in the store, in the repository `sent`."""
     image = plain_image("sent", SIZE)
@@ -128,7 +138,7 @@ def test_blob_is_sent_within_the_kernel(disk: Path, tmp_path: Path) -> None:
     with cache_on(disk, tmp_path) as cache:
         layer = stored(cache)
         target = f"sent/blobs/{layer.digest}"
-        with traced(cache.daemon.process.pid, _CALLS, tmp_path / "strace") as trace:
+        with calls_of(cache, 6, _CALLS, tmp_path / "strace") as trace:
             for _ in range(2):
                 assert digest_of(cache.ask(target).body) == layer.digest
             for first, last in ((0, 0), (1, SIZE - 1), (SIZE - 7, SIZE - 1), (MIB - 1, 3 * MIB)):
@@ -152,7 +162,7 @@ def test_growing_blob_is_sent_within_the_kernel(disk: Path, tmp_path: Path) -> N
         assert cache.ask("growing/manifests/1").status == 200
         target = f"growing/blobs/{layer.digest}"
         with (
-            traced(cache.daemon.process.pid, "sendfile,send,sendto,write", tmp_path / "strace") as trace,
+            calls_of(cache, 2, "sendfile,send,sendto,write", tmp_path / "strace") as trace,
             cache.scripted(f"*{layer.digest}", hold),
             cache.opened(target) as first,
         ):
