@@ -17,7 +17,7 @@ SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl 
 	fonts-dejavu-core pngquant
 # Beside these, for the long tests.
 DISTRIBUTED := glusterfs-server syncthing
-DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
+DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-pytest-xdist python3-hypothesis \
 	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm \
 	python3-cachetools python3-prometheus-client python3-zstandard
 BUILDERS := build-essential bash-completion debhelper dh-python lintian pybuild-plugin-pyproject \
@@ -63,7 +63,7 @@ test: $(VENV)/test.stamp ## run all tests except the long ones, in memory and ag
 	$(call root,test)
 	$(call need,$(SERVERS))
 	export PATH="$(TEST_PATH)"
-	$(PYTHON) -m pytest $(JUNIT)-unit.xml -m 'not long' tests/unit
+	$(PYTHON) -m pytest $(JUNIT)-unit.xml -m 'not long' -n 2 --dist loadfile tests/unit
 	$(PYTHON) -m pytest $(JUNIT)-real.xml -m 'not long' -n 2 --dist loadfile tests/real
 
 test-long: $(VENV)/test.stamp ## run the long tests (needs root)
@@ -77,7 +77,7 @@ test-debian: ## run the tests in memory on Debian's Python, Twisted and other pa
 	$(call need,$(DEBIANS))
 	export PATH=/usr/sbin:/usr/bin:/sbin:/bin PYTHONNOUSERSITE=1
 	python3 -c "$$ONLY_DEBIAN"
-	python3 -m pytest $(JUNIT).xml -m 'not long' tests/unit
+	python3 -m pytest $(JUNIT).xml -m 'not long' -n 2 --dist loadfile tests/unit
 
 deb: ## build the Debian package, into build/
 	$(call need,$(BUILDERS))
