@@ -7,6 +7,7 @@ import http.client
 import json
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,18 @@ class Cache:
         root = self.daemon.image_path
         wait_until(lambda: not any(root.glob("pulls/*/*.record")), SOON, "all records are written")
         return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+    def settled(self) -> set[str]:
+        """All files in the store, as soon as two looks are the same: what was answered may still be being noted."""
+        looks = [self.files]
+
+        def same() -> bool:
+            time.sleep(0.2)
+            looks.append(self.files)
+            return looks[-1] == looks[-2]
+
+        wait_until(same, SOON, "no file is added")
+        return looks[-1]
 
     @property
     def log_size(self) -> int:

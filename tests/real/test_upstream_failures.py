@@ -123,7 +123,7 @@ FAILURES = {
 def test_upstream_errors_are_503(
     cache: Cache, repository: str, blob: str, manifests: tuple[str, str], rule: Rule
 ) -> None:
-    before = cache.files
+    before = cache.settled()
     with cache.scripted(f"/v2/{repository}/*", rule):
         assert_unavailable(cache, repository, blob, manifests)
     assert cache.files == before
@@ -181,7 +181,7 @@ REFUSED_FOR_TAGS_ONLY = {"another_digest", "no_digest"}
 def test_malformed_manifest_is_refused(
     cache: Cache, repository: str, image: Image, manifests: tuple[str, str], name: str
 ) -> None:
-    before = cache.files
+    before = cache.settled()
     with cache.scripted(f"/v2/{repository}/manifests/*", GARBAGE[name]):
         for manifest in manifests[: 1 if name in REFUSED_FOR_TAGS_ONLY else 2]:
             for method in ("GET", "HEAD"):
@@ -200,7 +200,7 @@ def test_content_encoding_is_refused(
     encoded = (("Content-Encoding", "gzip"),)
     if known:
         assert cache.ask(manifests[0]).status == 200
-    before = cache.files
+    before = cache.settled()
     zipped = Reply(200, gzip.compress(layer.data), encoded)
     with cache.scripted(f"*{layer.digest}", zipped):
         cache.refused(blob, 503, "UNAVAILABLE")
@@ -218,7 +218,7 @@ def test_captive_portal_in_place_of_a_blob(
     cache: Cache, blob: str, manifests: tuple[str, str], repository: str
 ) -> None:
     assert cache.ask(manifests[0]).status == 200
-    before = cache.files
+    before = cache.settled()
     with cache.scripted(f"/v2/{repository}/*", PORTAL):
         cache.refused(blob, 503, "UNAVAILABLE")
         # Clients take the length for the blob's.
