@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tests.processes import wait_until
@@ -71,9 +72,14 @@ def remove_groups(name: str) -> None:
     """End the processes in the control groups of this name, and remove the groups."""
     for hierarchy in hierarchies():
         top = hierarchy / name
-        wait_until(lambda top=top: not list(_kill_all(top)), _PATIENCE, f"no process in {top}")  # type: ignore[misc]
+        wait_until(partial(_are_empty, top), _PATIENCE, f"no process in {top}")
         for folder, _, _ in os.walk(top, topdown=False):
             os.rmdir(folder)
+
+
+def _are_empty(top: Path) -> bool:
+    """Kill the processes in these control groups; tell whether there were none."""
+    return not list(_kill_all(top))
 
 
 def _kill_all(top: Path) -> Iterator[int]:

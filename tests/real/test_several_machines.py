@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -96,19 +97,20 @@ def assert_sent_at_most_twice(pair: Pair, *images: Image) -> None:
         assert max(pair.sent(image).values()) <= 2
 
 
+def knows(replica: Replica, image: Image, before: int) -> bool:
+    """Tell whether a daemon has the image, and tells of more images than `before`."""
+    return replica.holds(image) and replica.health()["images"] > before
+
+
 def test_each_sees_what_the_other_pulled(pair: Pair, repository: str) -> None:
     for number in range(5):
         image = published(pair, repository, str(number))
         there, here = pair.both if number % 2 else reversed(pair.both)
         images = here.health()["images"]
         assert there.has(repository, image, str(number))
-        wait_until(lambda image=image, there=there: there.holds(image), SOON, "it is stored")  # type: ignore[misc]
+        wait_until(partial(there.holds, image), SOON, "it is stored")
         began = time.monotonic()
-        wait_until(
-            lambda image=image, here=here, images=images: here.holds(image) and here.health()["images"] > images,  # type: ignore[misc]
-            SOON,
-            "the other one knows it",
-        )
+        wait_until(partial(knows, here, image, images), SOON, "the other one knows it")
         report(pair, f"an image of 5 MiB was seen by the other machine after {seconds(began)}")
         wait_same(pair)
         assert_hit(pair, here, repository, image, str(number))
