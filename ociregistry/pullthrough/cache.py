@@ -283,8 +283,15 @@ class PullThrough(Service):
         return self._store.opened(digest)
 
     def _again(self, image: ImageReference, wanted: bool) -> Coroutine[Deferred[Any], Any, None] | None:
-        """Fetch a manifest that a client missed, as a probe; return None where its request is in flight still."""
-        return None if image in self._manifests else self._fetch_last(image, wanted)
+        """Fetch a manifest that a client missed, as a probe.
+
+        Returns:
+            None where its request is in flight still, or where the store has it now: a probe must not move a tag that
+            was loaded meanwhile.
+        """
+        if image in self._manifests or self._store.meaning(image) is not None:
+            return None
+        return self._fetch_last(image, wanted)
 
     async def _loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
         return await self._registries.get(repository.upstream).loops(repository, path, context)

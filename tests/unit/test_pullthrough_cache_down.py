@@ -8,7 +8,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.context import FROM_CLIENT, Context, Via
 from ociregistry.errors import LoopDetected
-from ociregistry.names import Digest
+from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, PullThrough
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import CircuitBreaker, LinkDown
@@ -93,6 +93,25 @@ async def test_missed_manifest_is_fetched_again_as_a_probe(
     upstreams[1].answer(MANIFEST)
     await probing
     assert (await ask_manifest(cache)).cache_status.is_hit
+
+
+@on_reactor
+@pytest.mark.parametrize("missed", [APP, image(f"reg.example/team/app@{BUILT.manifest.digest}")])
+async def test_probe_does_not_fetch_what_the_store_has_meanwhile(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, missed: ImageReference
+) -> None:
+    """A tag that was loaded after the miss would move to what the upstream has."""
+    client = Deferred.fromCoroutine(cache.manifest(missed))
+    await until(lambda: len(upstreams))
+    wanted = upstreams[0].context.wanted
+    upstreams[0].refuse(LinkDown("down", 1))
+    with pytest.raises(LinkDown):
+        await client
+    await store.keep(MANIFEST, APP)
+    assert wanted is not None
+    assert wanted.again is not None
+    assert wanted.again() is None
+    assert len(upstreams) == 1
 
 
 @on_reactor
