@@ -9,20 +9,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeGuard, TypeVar
 
-from cachetools import TTLCache
 from twisted.application.service import Service
 from twisted.internet import defer
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ociregistry.context import FROM_CLIENT, IN_BACKGROUND, Context, Priority
-from ociregistry.errors import BlobUnknown, LoopDetected, RegistryError, Unavailable, cannot_store
+from ociregistry.errors import LoopDetected, RegistryError, Unavailable, cannot_store
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.download import Download
-from ociregistry.pullthrough.transfer import Abandoned, Connections, PriorityScheduler
+from ociregistry.pullthrough.downloads import Downloads
+from ociregistry.pullthrough.transfer import PriorityScheduler
 from ociregistry.pullthrough.waiting import (
     LOOK_AGAIN,
     CacheStatus,
@@ -82,43 +81,8 @@ def is_in_file(content: Content) -> TypeGuard[FileContent]:
     return hasattr(content, "send")
 
 
-_END_WITHIN = 5.0
-"""Seconds that downloads get to sync their partials at a stop."""
 _DISK_SLACK = 0.5
 """Seconds after the deadline for the upstream: it ends what waits for the upstream alone."""
-_ERROR_KEPT = 60.0
-"""Seconds for which an error is remembered."""
-_MOST_ERRORS = 1000
-
-
-class NegativeCache:
-    """Remembers for 60 s which blobs an upstream does not have.
-
-    A client that got its headers before the upstream answered cannot get a 404 any more. Its next request gets it at
-    once.
-    """
-
-    def __init__(self, clock: IReactorTime) -> None:
-        self._errors: TTLCache[tuple[Repository, Digest], BlobUnknown, float] = TTLCache(
-            _MOST_ERRORS, ttl=_ERROR_KEPT, timer=clock.seconds
-        )
-
-    def remember(self, repository: Repository, digest: Digest, error: BlobUnknown) -> None:
-        """Remember that the upstream does not have the blob."""
-        self._errors[repository, digest] = error
-
-    def check(self, repository: Repository, digest: Digest) -> None:
-        """Check that the upstream was not found to lack the blob in the last 60 s.
-
-        Raises:
-            BlobUnknown: it was.
-        """
-        error = self._errors.get((repository, digest))
-        if error is not None:
-            # A new one: the traceback of a kept exception would grow with each time that it is raised.
-            raise BlobUnknown(error.message)
-
-
 _METADATA = Context(priority=Priority.METADATA, patient=True)
 _LATEST = Tag("latest")
 _LATEST_WITHIN = 5.0
@@ -179,7 +143,6 @@ class PullThrough(Service):
     ) -> None:
         self._policy = policy
         self._store = store
-        self._jitter = jitter
         self._registries = registries
         self._clock = clock
         self._manifests: SharedRequests[ImageReference, Manifest] = SharedRequests(clock, self._silent)
@@ -187,29 +150,13 @@ class PullThrough(Service):
         """Manifests in flight whose fetch was started in the background, without a client's request."""
         self._checks: SharedRequests[ImageReference, Manifest] = SharedRequests(clock)
         self._sizes: SharedRequests[str, int | None] = SharedRequests(clock)
-        self._downloads: dict[Digest, Download] = {}
         self._scheduler = PriorityScheduler()
-        self._negative = NegativeCache(clock)
-        self._stopping = False
-        self._ended = 0
-        """Number of downloads that have ended."""
+        self._downloads = Downloads(store, registries, self._scheduler, clock, jitter)
 
     def stopService(self) -> Deferred[None]:
         """End all downloads; fire when they have ended, but after a few seconds at most."""
         super().stopService()
-        return Deferred.fromCoroutine(self._stop())
-
-    async def _stop(self) -> None:
-        self._stopping = True
-        running = list(self._downloads.values())
-        if running:
-            # Not in this turn of the reactor: the caller may be the download that has just served its last byte.
-            await deferLater(self._clock, 0)
-            ended: Deferred[object] = Deferred()
-            gatherResults([download.cancel() for download in running]).addCallback(ended.callback)
-            # A disk that does not answer must not keep the process; the partials are good without their last note.
-            with suppress(defer.TimeoutError):
-                await ended.addTimeout(_END_WITHIN, self._clock)
+        return Deferred.fromCoroutine(self._downloads.stop())
 
     async def manifest(
         self, image: ImageReference, context: Context = FROM_CLIENT, *, wanted: bool = False
@@ -396,21 +343,21 @@ class PullThrough(Service):
 
     async def _blob(self, repository: Repository, digest: Digest, context: Context) -> FoundBlob:
         while True:
-            ended = self._ended
+            ended = self._downloads.ended
             stored = await self._store.blob(digest)
             if stored is not None:
                 _log.debug("serving blob from cache: {blob}", blob=f"{repository}@{digest}")
                 return FoundBlob(stored, CacheStatus.HIT)
             # A download that ended during the lookup may have stored the blob: look again.
-            if ended == self._ended:
+            if ended == self._downloads.ended:
                 break
-        self._negative.check(repository, digest)
+        self._downloads.check(repository, digest)
         # Another cache asks elsewhere, or again: bytes that do not come would look as if this one were silent.
         expected = None if context.from_cache else self._store.size_in(repository, digest)
-        download = self._downloads.get(digest)
+        download = self._downloads.in_flight.get(digest)
         joined = download is not None and download.requested
         wait = partial(self._reader, expected, context, context.from_cache and download is not None)
-        followed = unless_down(lambda: self._with_download(repository, digest, context, wait), context)
+        followed = unless_down(lambda: self._downloads.follow(repository, digest, context, wait), context)
         what = f"{repository}@{digest}"
         found = await within_deadline(Deferred.fromCoroutine(followed), self._clock, what, context, of=self._silent)
         return FoundBlob(found, CacheStatus.fetched(joined=joined))
@@ -446,67 +393,20 @@ class PullThrough(Service):
         Raises:
             RegistryError: it could not be fetched.
         """
-        while digest not in self._downloads:
-            ended = self._ended
+        while digest not in self._downloads.in_flight:
+            ended = self._downloads.ended
             stored = await self._store.blob(digest)
             if stored is not None:
                 stored.close()
                 return
-            if ended == self._ended:
+            if ended == self._downloads.ended:
                 break
-        await self._with_download(repository, digest, context, lambda download: download.finished())
-
-    async def _with_download(
-        self,
-        repository: Repository,
-        digest: Digest,
-        context: Context,
-        wait: Callable[[Download], Coroutine[Deferred[Any], Any, T]],
-    ) -> T:
-        while True:
-            download = self._downloads.get(digest)
-            if download is None or download.error is not None:
-                download = self._start(repository, digest, context)
-            try:
-                return await wait(download)
-            except LinkDown:
-                if download.error is None or download.repository == repository:
-                    raise
-            except Abandoned:
-                # The download was given up just before this request joined it: start another.
-                if self._stopping:
-                    raise
-            except RegistryError:
-                # Start another where the failed one was for another repository, resumed wrong bytes or lost them.
-                if self._stopping or (download.repository == repository and not download.spoiled):
-                    raise
-
-    def _start(self, repository: Repository, digest: Digest, context: Context, *, again: bool = True) -> Download:
-        """Start a download; with again=True, restart it once if its bytes are wrong after a resume, or lost."""
-        _log.debug("pulling blob from upstream: {blob}", blob=f"{repository}@{digest}")
-        registry = partial(self._registries.get, repository.upstream)
-        expected = self._store.size_in(repository, digest)
-        connections = Connections(
-            registry, repository, digest, expected, self._scheduler, self._clock, self._jitter, context
-        )
-        download = self._downloads[digest] = Download(connections, self._store, repository, digest, expected)
-        download.start().addCallback(self._finish, download, again)
-        return download
-
-    def _finish(self, _: None, download: Download, again: bool) -> None:
-        self._ended += 1
-        if download.has_early_readers and isinstance(download.error, BlobUnknown):
-            self._negative.remember(download.repository, download.digest, download.error)
-        if self._downloads.get(download.digest) is not download:
-            return
-        del self._downloads[download.digest]
-        if download.spoiled and again and not self._stopping:
-            self._start(download.repository, download.digest, IN_BACKGROUND, again=False)
+        await self._downloads.follow(repository, digest, context, lambda download: download.finished())
 
     @property
     def in_flight(self) -> Mapping[Digest, Download]:
         """The blobs that are being downloaded."""
-        return self._downloads
+        return self._downloads.in_flight
 
     async def blob_size(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> FoundSize:
         """Return the size of a blob without fetching it.
@@ -524,7 +424,7 @@ class PullThrough(Service):
         if stored is not None:
             stored.close()
             return FoundSize(stored.size, CacheStatus.HIT)
-        download = self._downloads.get(digest)
+        download = self._downloads.in_flight.get(digest)
         if download is not None and download.size is not None:
             return FoundSize(download.size, CacheStatus.fetched(joined=download.requested))
         registry = self._registries.get(repository.upstream)

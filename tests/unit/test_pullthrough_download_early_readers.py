@@ -97,7 +97,7 @@ async def test_each_client_waits_ten_seconds(
     first = await request_known_blob(cache, store, upstreams)
     clock.advance(5)
     second = get(cache)
-    await until(lambda: len(upstreams) == 1 and next(iter(cache._downloads.values()))._connections._watchers == 2)
+    await until(lambda: len(upstreams) == 1 and next(iter(cache.in_flight.values()))._connections._watchers == 2)
     clock.advance(5)
     assert (first.called, second.called) == (True, False)
     clock.advance(5)

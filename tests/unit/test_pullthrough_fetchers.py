@@ -239,7 +239,7 @@ async def test_stalled_blob_fails_while_the_download_continues(
         await waiting
     assert cache.in_flight.keys() == {LAYER}
     # Without a waiter it has background priority.
-    assert cache._downloads[LAYER]._connections.priority is not Priority.CLIENT
+    assert cache.in_flight[LAYER]._connections.priority is not Priority.CLIENT
     sending.send(DATA[2000:]).end()
     await downloads_ended(cache)
     assert cache.in_flight.keys() == frozenset()

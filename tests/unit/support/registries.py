@@ -93,7 +93,7 @@ class Sending:
 
 async def downloads_ended(cache: PullThrough) -> None:
     """Wait until all downloads have ended, which no public attribute shows."""
-    await until(lambda: not cache._downloads)
+    await until(lambda: not cache.in_flight)
 
 
 class MemoryRegistry(Registry):

@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.errors import BlobUnknown
 from ociregistry.names import Digest
-from ociregistry.pullthrough.cache import NegativeCache
+from ociregistry.pullthrough.downloads import NegativeCache
 from tests.unit.support.common import image
 
 APP, ELSEWHERE = image("reg.example/team/app:1").repository, image("else.example/team/app:1").repository
