@@ -30,13 +30,14 @@ def is_resident(descriptor: int, offset: int, count: int) -> bool:
     """Tell whether the kernel has the `count` bytes at `offset` of a file in memory.
 
     False where the file system cannot tell, such as tmpfs and FUSE: there even a read of what is in memory may wait,
-    for a server that is asked whether the file has changed. Where this process neither owns the file nor may write
-    it, mincore(2) tells nothing, and samples decide.
+    for a server that is asked whether the file has changed. mincore(2) tells the truth to the owner of a file; for
+    others samples decide as well.
     """
     if count <= _READ_AT_ONCE:
         return read_at_once(descriptor, bytearray(count), offset) == count
     last = offset + count - 1
-    samples = (*range(offset, last, _SAMPLE_EVERY), last)
+    owned = os.fstat(descriptor).st_uid == os.geteuid()
+    samples = (offset,) if owned else (*range(offset, last, _SAMPLE_EVERY), last)
     byte = bytearray(1)
     return all(read_at_once(descriptor, byte, at) for at in samples) and _in_core(descriptor, offset, count)
 

@@ -22,7 +22,7 @@ from ociregistry.web.channel import Channel
 
 _LARGEST_PIECE = 256 * 1024
 """Bytes per write: large enough to make the work per write negligible."""
-SLICE = 1024 * 1024
+SLICE = 2 * 1024 * 1024
 """Bytes of a file that are sent at once, before it is the turn of other connections."""
 _SMALLEST_PIECE = 16 * 1024
 """Bytes per write where memory is scarce."""
@@ -156,7 +156,8 @@ class ContentProducer:
         socket = self._channel.socket
         if socket is None:
             raise ClientGone("the connection is lost")
-        return await content.send(socket, start, count)
+        with self._channel.whole_packets():
+            return await content.send(socket, start, count)
 
     async def _write(self, start: int, count: int) -> int:
         data = await self._content.read(start, count)

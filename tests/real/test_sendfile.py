@@ -6,10 +6,13 @@ import hashlib
 import os
 import re
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
+from socket import IPPROTO_TCP, TCP_INFO
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -24,6 +27,8 @@ from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 
 SIZE = 5 * MIB
+_DATA_SEGS_IN = 152
+"""Offset in struct tcp_info of tcpi_data_segs_in (linux/tcp.h)."""
 LARGE = 64 * 1024
 """Bytes: no read or write of this process moves as many of a blob."""
 
@@ -150,6 +155,29 @@ def test_blob_is_sent_within_the_kernel(disk: Path, tmp_path: Path) -> None:
         others = moved(trace, *(set(_CALLS.split(",")) - {"sendfile"}))
         assert max(others) < LARGE
         assert sum(others) < LARGE
+
+
+def test_packets_are_filled(tmp_path: Path) -> None:
+    """On loopback a packet takes 64 KiB, and sendfile(2) hands over as much at a time, but never at its borders."""
+    with normal_disk(tmp_path / "disk") as disk, cache_on(disk, tmp_path) as cache:
+        layer = stored(cache)
+        url = urlsplit(cache.url(f"sent/blobs/{layer.digest}"))
+        with closing(HTTPConnection(url.netloc)) as client:
+
+            def packets() -> int:
+                client.request("GET", f"{url.path}?{url.query}")
+                assert client.getresponse().read() == layer.data
+                told = client.sock.getsockopt(IPPROTO_TCP, TCP_INFO, 160)
+                return int(struct.unpack_from("I", told, _DATA_SEGS_IN)[0])
+
+            # The kernel has found out by then how much it may send at once.
+            before = max(packets() for _ in range(4))
+            assert 8 * SIZE / (max(packets() for _ in range(8)) - before) > 50_000
+            with traced(cache.daemon.process.pid, "setsockopt,sendfile", tmp_path / "strace") as trace:
+                packets()
+                wait_until(
+                    lambda: "TCP_CORK, [0]" in trace.text.rpartition("sendfile(")[2], SOON, "the rest is sent"
+                )
 
 
 def test_growing_blob_is_sent_within_the_kernel(disk: Path, tmp_path: Path) -> None:

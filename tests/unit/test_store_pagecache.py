@@ -55,9 +55,12 @@ def test_resident(file: SharedFile) -> None:
         assert is_resident(file.fileno(), offset, count)
 
 
+@pytest.mark.parametrize("owned", [True, False])
 @pytest.mark.parametrize("at", [0, 3 * 128 * 1024 + 32 * 1024, SIZE - HOLE], ids=["begin", "between samples", "end"])
-def test_hole(file: SharedFile, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hole(file: SharedFile, at: int, owned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, after and around it, the file is resident or not, exactly."""
+    if not owned:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
     monkeypatch.setattr(pagecache, "read_at_once", seen_at_once)
     drop(file, at, HOLE)
     assert not is_resident(file.fileno(), 0, SIZE)
@@ -67,6 +70,15 @@ def test_hole(file: SharedFile, at: int, monkeypatch: pytest.MonkeyPatch) -> Non
         assert is_resident(file.fileno(), 0, at)
     if at + HOLE < SIZE:
         assert is_resident(file.fileno(), at + HOLE, SIZE - at - HOLE)
+
+
+def test_samples_decide_where_the_kernel_tells_nothing(file: SharedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells those that neither own a file nor may write it that all of the file is in memory."""
+    monkeypatch.setattr(pagecache, "_in_core", lambda *_: True)
+    drop(file, SIZE // 2, SIZE // 4)
+    assert is_resident(file.fileno(), 0, SIZE)
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert not is_resident(file.fileno(), 0, SIZE)
 
 
 def test_end_of_the_file(file: SharedFile) -> None:

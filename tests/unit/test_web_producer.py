@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -251,6 +252,9 @@ class FullAtFirst:
 
     def resume_when_writable(self) -> None:
         self._producer.resumeProducing()
+
+    def whole_packets(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def more_than(self, offset: int) -> Deferred[int]:
         return succeed(self.size)
