@@ -175,9 +175,7 @@ def test_packets_are_filled(tmp_path: Path) -> None:
             assert 8 * SIZE / (max(packets() for _ in range(8)) - before) > 50_000
             with traced(cache.daemon.process.pid, "setsockopt,sendfile", tmp_path / "strace") as trace:
                 packets()
-                wait_until(
-                    lambda: "TCP_CORK, [0]" in trace.text.rpartition("sendfile(")[2], SOON, "the rest is sent"
-                )
+                wait_until(lambda: "TCP_CORK, [0]" in trace.text.rpartition("sendfile(")[2], SOON, "the rest is sent")
 
 
 def test_growing_blob_is_sent_within_the_kernel(disk: Path, tmp_path: Path) -> None:
