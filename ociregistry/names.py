@@ -141,7 +141,8 @@ class Digest(str):
 
     def matches(self, data: bytes) -> bool:
         """Tell whether `data` has this digest."""
-        return hashlib.new(self.algorithm, data).hexdigest() == self.hex
+        algorithm, _, expected = self.partition(":")
+        return hashlib.new(algorithm, data).hexdigest() == expected
 
 
 class Tag(str):

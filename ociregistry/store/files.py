@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,11 +124,16 @@ _REGULAR_ALONE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Opening a FIFO, a device or a socket with these flags does not block, and a symbolic link is not followed."""
 
 
-def _without_access_times(descriptor: int) -> None:
-    """Let reads leave the access time as it is: noting it may wait for the disk although the content is in memory."""
-    # Only for the owner of the file and root.
-    with suppress(OSError):
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_NOATIME)
+def _open(path: Path | str, flags: int, mode: int = 0) -> int:
+    """Open a file so that reads leave its access time as it is, and return the descriptor.
+
+    Noting that time may wait for the disk, although the content is in memory.
+    """
+    try:
+        return os.open(path, flags | os.O_NOATIME, mode)
+    except PermissionError:
+        # Only the owner of the file and root may ask for that.
+        return os.open(path, flags, mode)
 
 
 _STALE_FOR = 2.5
@@ -170,7 +175,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
 def _open_regular(path: Path | str, flags: int) -> tuple[int, int]:
     """Return the descriptor, and the size in bytes."""
     try:
-        descriptor = os.open(path, flags | _REGULAR_ALONE)
+        descriptor = _open(path, flags | _REGULAR_ALONE)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -179,7 +184,6 @@ def _open_regular(path: Path | str, flags: int) -> tuple[int, int]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.ENXIO, "it is not a regular file", str(path))
-        _without_access_times(descriptor)
     except BaseException:
         close_descriptor(descriptor)
         raise
@@ -316,9 +320,7 @@ class Files:
     def create(self, path: Path) -> SharedFile:
         """Create an empty file, open for reading and writing, after unlinking an earlier file of that name."""
         path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        _without_access_times(descriptor)
-        return SharedFile(descriptor)
+        return SharedFile(_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
 
     def open(self, path: Path) -> SharedFile:
         """Open the regular file at `path` for reading and writing.
