@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from enum import Enum
+from operator import add
 
 BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 30.0, 120.0, 600.0)
 """Upper bounds in seconds, each included, of the buckets of the histograms; one more bucket has no bound."""
@@ -52,39 +53,51 @@ class Histogram:
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
 
+    def __add__(self, other: Histogram) -> Histogram:
+        both = Histogram()
+        both.counts = list(map(add, self.counts, other.counts))
+        both.sum = self.sum + other.sum
+        return both
+
 
 class Tally:
     """The answers of one kind and outcome."""
 
-    __slots__ = ("bytes", "duration", "first_byte")
+    __slots__ = ("_at_once", "_duration", "_first_byte", "bytes")
 
     def __init__(self) -> None:
         self.bytes = 0
         """Bytes of content that were sent."""
-        self.first_byte = Histogram()
+        self._first_byte = Histogram()
+        self._duration = Histogram()
+        self._at_once = Histogram()
+        """The answers whose first and last byte were sent together."""
+
+    @property
+    def first_byte(self) -> Histogram:
         """Until the first byte of the content was sent; where there is none, until the end of the answer."""
-        self.duration = Histogram()
+        return self._first_byte + self._at_once
+
+    @property
+    def duration(self) -> Histogram:
         """Until the last byte was sent, or the answer was cut."""
+        return self._duration + self._at_once
 
     @property
     def answers(self) -> int:
         """The number of answers."""
-        return sum(self.duration.counts)
+        return sum(self._duration.counts) + sum(self._at_once.counts)
 
     def count(self, sent: int, first_byte: float, duration: float) -> None:
         """Count one answer: the bytes of content that were sent, and two times in seconds since its request."""
         self.bytes += sent
-        self.first_byte.observe(first_byte)
-        self.duration.observe(duration)
+        self._first_byte.observe(first_byte)
+        self._duration.observe(duration)
 
     def count_at_once(self, sent: int, duration: float) -> None:
         """Count one answer whose first and last byte were sent together."""
-        bucket = bisect_left(BUCKETS, duration)
         self.bytes += sent
-        self.first_byte.counts[bucket] += 1
-        self.first_byte.sum += duration
-        self.duration.counts[bucket] += 1
-        self.duration.sum += duration
+        self._at_once.observe(duration)
 
 
 class Requests:

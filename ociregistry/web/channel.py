@@ -353,6 +353,11 @@ class Channel(HTTPChannel):
         self._limit_held()
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the connection is a socket without TLS, and not lost."""
+        return self._plain is not None and bool(self._plain.connected)
+
+    @property
     def socket(self) -> int | None:
         """The descriptor of the connection, where bytes of files can be sent to it; None for TLS and a lost one."""
         return self._plain.fileno() if self._plain is not None and self._plain.connected else None

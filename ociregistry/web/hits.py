@@ -84,9 +84,13 @@ class Hits:
     def answer(self, channel: Channel, request_line: bytes, request: bytes) -> bool:
         """Answer a plain request with this line, or return False: it is to take the usual way."""
         began = time.perf_counter()
-        hit = self._hits.get(request_line)
-        content = None if hit is None else hit.again()
-        if hit is None or content is None:
+        # A get() would look twice.
+        try:
+            hit = self._hits[request_line]
+        except KeyError:
+            return False
+        content = hit.again()
+        if content is None:
             return False
         if content.size != hit.size:
             content.close()
@@ -116,8 +120,8 @@ class Hits:
     def _send_at_once(self, channel: Channel, head: bytes, content: Content) -> int:
         """Send or write the head, and what can be sent of the content without waiting; return the latter's size."""
         body = content.data if isinstance(content, InMemory) else b""
-        data, socket = head + body, channel.socket
-        if socket is None and len(data) <= BUFFER:
+        data = head + body
+        if not channel.is_plain and len(data) <= BUFFER:
             channel.write(data)
             return len(body)
         file = content if content.size and isinstance(content, StoredBlob) else None
@@ -125,6 +129,7 @@ class Hits:
         if sent < len(head):
             channel.write(head[sent:])
             return 0
+        socket = None if file is None else channel.socket
         if file is None or socket is None:
             return sent - len(head)
         return file.send_at_once(socket, 0, min(file.size, SLICE))
