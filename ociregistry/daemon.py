@@ -85,6 +85,8 @@ class Daemon(MultiService):
         self._twistd_options = twistd_options
         self._started = datetime.now(UTC)
         self._reloading = DeferredLock()
+        self._reload_failed = ""
+        """Why the last reload failed; empty if it did not."""
         self._systemd = Systemd(reactor)
         self._level = LevelFilter(settings.log_level)
         self._tls = ServerPolicy(settings.tls) if settings.tls else None
@@ -141,6 +143,7 @@ class Daemon(MultiService):
                 lambda: self._listeners.addresses,
                 lambda: self._site.in_flight.requests,
                 lambda: not self.running,
+                lambda: self._reload_failed,
                 self._site.requests,
             ),
             self._store,
@@ -252,10 +255,10 @@ class Daemon(MultiService):
         try:
             settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
         except ConfigInvalid as error:
-            self._files = error.files
+            self._files, self._reload_failed = error.files, str(error)
             _log.error("reload failed, settings unchanged: {why}", why=error)
             return
-        self._files = settings.files
+        self._files, self._reload_failed = settings.files, ""
         self._reconfigure(settings)
 
     def _reconfigure(self, settings: Settings) -> None:

@@ -110,13 +110,19 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
     ),
     Definition(
         "ociregistry_degraded",
-        "1 while the store does not work as it should, or a link is down although something from it is wanted.",
+        "1 while the store does not work as it should, a link is down although something from it is wanted, or "
+        "the last reload of the settings failed.",
         _one(lambda s: bool(s.reasons)),
     ),
     Definition(
         "ociregistry_store_faults",
         "Faults for which the store does not work as it should, as /health tells them.",
         _one(lambda s: len(s.faults)),
+    ),
+    Definition(
+        "ociregistry_config_last_reload_successful",
+        "0 if the settings could not be reloaded, so that the earlier ones are in force.",
+        _one(lambda s: not s.reload_failed),
     ),
     Definition(
         "ociregistry_requests_total",

@@ -81,8 +81,8 @@ class Status:
     stopping: bool
     """Whether only requests in flight are still answered."""
     reasons: Sequence[str]
-    """Why the daemon does not work as it should: faults of the store, and links that are down although something from
-    them is wanted. Empty if it does."""
+    """Why the daemon does not work as it should: faults of the store, links that are down although something from
+    them is wanted, and settings that could not be reloaded. Empty if it does."""
     listeners: Sequence[str]
     air_gapped: bool
     """Whether no upstream is ever asked."""
@@ -111,6 +111,8 @@ class Status:
     """The last failures that were logged, the oldest first."""
     faults: Sequence[str] = ()
     """Those of the reasons that are faults of the store."""
+    reload_failed: str = ""
+    """Why the settings as they are in the files now are not in force; empty if the last reload succeeded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ class Server:
     addresses: Callable[[], Sequence[str]]
     in_flight: Callable[[], int]
     stopping: Callable[[], bool]
+    reload_failed: Callable[[], str]
+    """Tells why the last reload failed, the empty string if it did not."""
     requests: Requests
 
 
@@ -160,12 +164,12 @@ class StatusReader:
     def read(self) -> Status:
         """Return the status at this time."""
         links, faults = self._network.links, self._store.faults.sentences
-        incomplete = self._incomplete(links)
+        incomplete, reload_failed = self._incomplete(links), self._server.reload_failed()
         return Status(
             version=__version__,
             started=self._started,
             stopping=self._server.stopping(),
-            reasons=tuple(reasons(faults, links, incomplete)),
+            reasons=tuple(reasons(faults, links, incomplete, reload_failed)),
             listeners=tuple(self._server.addresses()),
             air_gapped=self._air_gapped,
             store=printable(self._path),
@@ -184,6 +188,7 @@ class StatusReader:
             requests=self._server.requests,
             errors=self._errors.errors,
             faults=tuple(faults),
+            reload_failed=reload_failed,
         )
 
     def _incomplete(self, links: Sequence[LinkState]) -> IncompleteState:
@@ -252,7 +257,9 @@ _MOST_HOSTS = 10
 """Hosts that are named as reasons; the links tell of each."""
 
 
-def reasons(faults: Sequence[str], links: Sequence[LinkState], incomplete: Incomplete) -> Iterator[str]:
+def reasons(
+    faults: Sequence[str], links: Sequence[LinkState], incomplete: Incomplete, reload_failed: str = ""
+) -> Iterator[str]:
     """Yield why the daemon is degraded: the one place that decides it.
 
     A host that nothing has ever come from may be one that a client has made up, so it counts only if bytes are
@@ -266,6 +273,8 @@ def reasons(faults: Sequence[str], links: Sequence[LinkState], incomplete: Incom
     others = len(wanted) - _MOST_HOSTS
     if others > 0:
         yield f"{count_text(others, 'other host')} cannot be reached, and something is wanted from there"
+    if reload_failed:
+        yield f"the earlier settings are in force, as the reload failed: {reload_failed}"
 
 
 def document(status: Status, now: datetime) -> dict[str, object]:
@@ -301,6 +310,7 @@ def document(status: Status, now: datetime) -> dict[str, object]:
             {"kind": kind.value, "by": by.value, "answers": count}
             for (kind, by), count in status.requests.cut.items()
         ],
+        "reload_failed": status.reload_failed or None,
         "errors": [
             {"time": _time(error.time), "namespace": error.namespace, "text": error.text} for error in status.errors
         ],

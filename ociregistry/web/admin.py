@@ -11,17 +11,17 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.interfaces import IAddress, IProtocolFactory, IReactorTime
 from twisted.logger import Logger
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request, Site
 from twisted.web.template import Tag, flattenString
 
-from ociregistry.admin.images import select
+from ociregistry.admin.images import Selected, select
 from ociregistry.admin.status import Status, document
 from ociregistry.context import Context
-from ociregistry.errors import Denied, NotFound
+from ociregistry.errors import Denied, NotFound, Unavailable
 from ociregistry.log import ALWAYS
 from ociregistry.names import Digest
 from ociregistry.settings import AdminListen
@@ -41,6 +41,8 @@ _log = Logger(namespace="ociregistry.web")
 
 _PATIENCE = 60.0
 """Seconds; all content is in memory."""
+_MOST_WAITING = 20
+"""Pages that wait to be rendered: a third of a second's worth, with 10,000 images."""
 _NOT_STORED = {"Cache-Control": "no-store"}
 _MEDIA_TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
 _PAGE_HEADERS = {
@@ -98,6 +100,8 @@ class AdminSite(HandlerSite):
         super().__init__(probes, self._answer, _PATIENCE, clock, lambda: False, refuse_foreign_names)
         self._read = read
         self._images = images
+        self._clock = clock
+        self._rendering = DeferredLock()
         self._metrics: Metrics | None = None
         self._static = dict(_static_files())
 
@@ -110,24 +114,35 @@ class AdminSite(HandlerSite):
             case b"/status":
                 return json_answer(200, document(self._read(), now), _NOT_STORED)
             case b"/live":
-                return await _html(page.live(self._read(), now))
+                return await self._html(lambda: page.live(self._read(), now))
             case b"/" | b"/images":
-                selected = select(await self._images.list(), parse_selection(query))
-                missing = self._images.missing()
-                if path == b"/images":
-                    return await _html(page.image_list(selected, missing, now))
-                static = {name: f"{name}?{one.version}" for name, one in self._static.items()}
-                return await _html(page.page(self._read(), now, selected, missing, static))
+                selection, listing = parse_selection(query), await self._images.list()
+                return await self._html(lambda: self._page(path, select(listing, selection), now))
         static_file = self._static.get(path[1:].decode("latin-1"))
         if static_file is not None:
             return static_file.answer
         told = path[:300].decode("latin-1")
         raise NotFound(f"no such path: {told!r}; there are the page at /, and /metrics and /status")
 
+    def _page(self, path: bytes, selected: Selected, now: datetime) -> Tag:
+        missing = self._images.missing()
+        if path == b"/images":
+            return page.image_list(selected, missing, now)
+        static = {name: f"{name}?{one.version}" for name, one in self._static.items()}
+        return page.page(self._read(), now, selected, missing, static)
 
-async def _html(tag: Tag) -> Answer:
-    content = await flattenString(None, tag)
-    return Answer(200, InMemory(b"<!DOCTYPE html>" + content), _PAGE_HEADERS)
+    async def _html(self, make: Callable[[], Tag]) -> Answer:
+        """Render a page: one in each turn of the reactor, so that clients have theirs in between.
+
+        Raises:
+            Unavailable: too many others wait.
+        """
+        if len(self._rendering.waiting) >= _MOST_WAITING:
+            raise Unavailable("too many pages are asked for at once", 1)
+        await self._rendering.acquire()
+        self._clock.callLater(0, self._rendering.release)
+        content = await flattenString(None, make())
+        return Answer(200, InMemory(b"<!DOCTYPE html>" + content), _PAGE_HEADERS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from tests.unit.support.statuses import STARTED, STATUS, Samples, samples, scrap
 RECEIVED = "ociregistry_received_bytes_total"
 UNITS = ("_total", "_bytes", "_seconds", "_bytes_per_second", "_info")
 UNITLESS = re.compile(
-    "_(?:degraded|in_flight|downloads|records|blobs|images|indexes|disk_full|link_up|links|files|faults)$"
+    "_(?:degraded|in_flight|downloads|records|blobs|images|indexes|disk_full|link_up|links|files|faults|last_reload_successful)$"
 )
 
 

@@ -59,6 +59,12 @@ def test_faults_of_the_store_come_first() -> None:
     assert list(reasons(["the disk is full"], [WANTED], NOTHING)) == ["the disk is full", *TOLD]
 
 
+def test_failed_reload_comes_last() -> None:
+    (*others, last) = reasons(["the disk is full"], [WANTED], NOTHING, "a.yaml:3: port: no number")
+    assert others == ["the disk is full", *TOLD]
+    assert last == "the earlier settings are in force, as the reload failed: a.yaml:3: port: no number"
+
+
 CONFIG, LAYER, BASE = b"config", b"layer", b"base"
 IMAGE = image_with(CONFIG, LAYER, BASE)
 INDEX = list_of(IMAGE)

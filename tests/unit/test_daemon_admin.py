@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -13,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.protocol import Factory
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, Logger, LogLevel
 
 from ociregistry import __version__
 from ociregistry.admin.metrics import Metrics
+from ociregistry.context import Context
+from ociregistry.errors import Unavailable
 from ociregistry.settings import AdminListen
 from ociregistry.upstream.http import Response
-from ociregistry.web.admin import AdminListener
+from ociregistry.web.admin import AdminListener, AdminSite, Images
+from ociregistry.web.resource import Answer
 from tests.images import make_image
-from tests.unit.support.common import REACTOR, on_reactor, texts, turn, until
+from tests.unit.support.common import REACTOR, failed, on_reactor, texts, turn, until
 from tests.unit.support.daemons import Daemons, get, make
-from tests.unit.support.statuses import samples
+from tests.unit.support.statuses import STATUS, samples
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
@@ -410,3 +414,51 @@ async def test_socket_of_the_file_system(tmp_path: Path, daemons: Daemons) -> No
         await until(ended)
     assert received.startswith(b"HTTP/1.1 200 ")
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@on_reactor
+async def test_failed_reload_is_told_until_one_succeeds(
+    daemons: Daemons, network: Network, events: list[LogEvent], tmp_path: Path
+) -> None:
+    """By the status and the metrics; `/health` is for probes, and hits are served."""
+    path = tmp_path / "ociregistry.yaml"
+    path.write_text("")
+    daemon = daemons.start("--config-path", str(path), *ANYWHERE)
+
+    async def reloaded(text: str) -> tuple[str, str | None, float]:
+        path.write_text(text)
+        await daemon.reload()
+        told = await status(network, events)
+        found = samples(await (await ask(network, events, "/metrics")).collect(1_000_000))
+        assert all(str(told["reload_failed"]) in reason for reason in told["reasons"])
+        return told["status"], told["reload_failed"], found["ociregistry_config_last_reload_successful", ()]
+
+    assert await reloaded("allow_upstreams: quay.io\n") == ("ok", None, 1)
+    state, why, succeeded = await reloaded("\nprune: {unused_for: never}\n")
+    assert (state, succeeded) == ("degraded", 0)
+    assert why is not None
+    assert why.startswith(f"{path}:2: prune.unused_for")
+    assert await reloaded("allow_upstreams: quay.io\n") == ("ok", None, 1)
+
+
+@on_reactor
+async def test_pages_are_rendered_in_turn() -> None:
+    """One in each turn of the reactor, and no more wait than are soon done."""
+    site = AdminSite(lambda: STATUS, Images(lambda: fail(AssertionError()), dict), {}, REACTOR)
+
+    def asked() -> Deferred[Answer]:
+        return Deferred.fromCoroutine(site._answer("GET", b"/live", {}, Context()))
+
+    pages = [asked() for _ in range(21)]
+    failed(asked(), Unavailable)
+    done = [sum(page.called for page in pages)]
+    while done[-1] < len(pages):
+        await turn()
+        done.append(sum(page.called for page in pages))
+    assert done[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(done))
+    assert {(await page).status for page in pages} == {200}
+    await turn()
+    # A lone one does not wait.
+    assert asked().called
+    await turn()
