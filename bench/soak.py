@@ -94,9 +94,13 @@ class Soak:
         return self.daemon.process.pid
 
     def kinds(self) -> Counter[str]:
-        """The daemon's descriptors by kind, without its connections to the upstream, and those of libfaketime."""
+        """The daemon's descriptors by kind, without its connections to the upstream, and those of libfaketime.
+
+        One of each whole blob does not count either: the daemon keeps those open that were sent last.
+        """
         opened = [what for what in procfs.descriptors(self.pid) if "faketime" not in what]
         kinds = Counter(re.sub(r"\[\d+\]", "", what) for what in opened)
+        kinds -= Counter(map(str, (self.daemon.image_path / "blobs").iterdir()))
         kinds["socket:"] -= procfs.connections_to(self.pid, self._link.port)
         return +kinds
 
