@@ -159,15 +159,15 @@ class Fuse:
 
 
 @contextmanager
-def fuse_disk(path: Path) -> Iterator[Fuse]:
-    """Mount an empty folder by FUSE at `path` until the block ends."""
+def fuse_disk(path: Path, *options: str) -> Iterator[Fuse]:
+    """Mount an empty folder by FUSE at `path`, with these options of bindfs, until the block ends."""
     need("mount", "umount", "bindfs", "fusermount3")
     if not Path("/dev/fuse").exists():
         pytest.fail("this kernel has no FUSE", pytrace=False)
     source = path.with_name(f"{path.name}-behind")
     source.mkdir()
     path.mkdir()
-    with subprocess.Popen(["bindfs", "-f", str(source), str(path)], stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(["bindfs", "-f", *options, str(source), str(path)], stdin=subprocess.DEVNULL) as process:
         disk = Fuse(path, process.pid)
         try:
             wait_until(lambda: path.is_mount() or process.poll() is not None, _PATIENCE, "it is mounted")

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,16 +124,16 @@ _REGULAR_ALONE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Opening a FIFO, a device or a socket with these flags does not block, and a symbolic link is not followed."""
 
 
-def _open(path: Path | str, flags: int, mode: int = 0) -> int:
-    """Open a file so that reads leave its access time as it is, and return the descriptor.
+def _open(path: Path | str, flags: int) -> int:
+    """Open an existing file so that reads leave its access time as it is, and return the descriptor.
 
     Noting that time may wait for the disk, although the content is in memory.
     """
     try:
-        return os.open(path, flags | os.O_NOATIME, mode)
+        return os.open(path, flags | os.O_NOATIME)
     except PermissionError:
         # Only the owner of the file and root may ask for that.
-        return os.open(path, flags, mode)
+        return os.open(path, flags)
 
 
 _STALE_FOR = 2.5
@@ -320,7 +320,12 @@ class Files:
     def create(self, path: Path) -> SharedFile:
         """Create an empty file, open for reading and writing, after unlinking an earlier file of that name."""
         path.unlink(missing_ok=True)
-        return SharedFile(_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        # O_NOATIME afterwards: where a server decides who owns the new file, as with NFS, SMB and FUSE, the call that
+        # creates it would fail, and leave it there.
+        with suppress(PermissionError):
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_NOATIME)
+        return SharedFile(descriptor)
 
     def open(self, path: Path) -> SharedFile:
         """Open the regular file at `path` for reading and writing.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry import __version__
+from tests.disk_faults import fuse_disk
 from tests.images import make_index
 from tests.real.shells import (
     NOBODY_UID,
@@ -138,6 +139,18 @@ def test_command_without_n_ignores_a_live_pid_file(shell: Shell, tmp_path: Path,
     assert printed in succeeded(done)
     assert [path.name for path in tmp_path.iterdir()] == ["twistd.pid"]
     assert (tmp_path / "twistd.pid").read_text() == str(os.getpid())
+
+
+def test_file_system_that_decides_who_owns_files(shell: Shell, public_folder: Path) -> None:
+    """As NFS does with all_squash, SMB with a user for all, and FUSE: new files are not those of their maker."""
+    need_root()
+    owner = NOBODY_UID - 1
+    with fuse_disk(public_folder / "disk", f"--force-user={owner}", "--perms=a+rwX") as disk:
+        on_disk = Shell(shell.folder, disk.path / "images", shell.config)
+        for printed in ("1 loaded, 0 already there, 0 failed", "0 loaded, 1 already there, 0 failed"):
+            done = run_process(as_nobody(on_disk.argv(*words(shell, "load LIST"))), shell.folder)
+            assert printed in succeeded(done)
+        assert owners(on_disk.store) == {owner}
 
 
 # Output that cannot be written

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.store import pagecache
-from ociregistry.store.files import SharedFile, open_regular
+from ociregistry.store.files import Files, SharedFile, open_regular
 from ociregistry.store.pagecache import is_resident
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -106,9 +106,10 @@ def test_file_system_that_cannot_tell(file: SharedFile, why: int, monkeypatch: p
 def test_reading_leaves_the_access_time(tmp_path: Path) -> None:
     """Also where a change since the last read would have it noted."""
     path = tmp_path / "file"
+    created = Files().create(path)
     path.write_bytes(b"data")
-    os.utime(path, (1, 2))
-    file = open_regular(path)
-    assert os.pread(file.fileno(), 10, 0) == b"data"
-    file.release()
-    assert path.stat().st_atime == 1
+    for file in (created, open_regular(path)):
+        os.utime(path, (1, 2))
+        assert os.pread(file.fileno(), 10, 0) == b"data"
+        file.release()
+        assert path.stat().st_atime == 1
