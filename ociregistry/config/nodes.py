@@ -18,7 +18,8 @@ class ConfigInvalid(Exception):
 
     def __init__(self, message: str, files: Versions = MappingProxyType({})) -> None:
         """Describe the setting by `message`; `files` are those that were read until then."""
-        super().__init__(message)
+        # It names files, whose names may be no UTF-8, and tells of values.
+        super().__init__(printable(message))
         self.files = files
 
 
@@ -64,11 +65,11 @@ class Node:
 
     def error(self, message: str) -> ConfigInvalid:
         """Make an error about this value, to be raised by the caller."""
-        return ConfigInvalid(printable(f"{self.where}: {message}"))
+        return ConfigInvalid(f"{self.where}: {message}")
 
     def missing(self, key: str, why: str) -> ConfigInvalid:
         """Make an error about a `key` that this mapping lacks, to be raised by the caller."""
-        return ConfigInvalid(printable(f"{self._line}: {key}: is missing: {why}"))
+        return ConfigInvalid(f"{self._line}: {key}: is missing: {why}")
 
     @property
     def is_absent(self) -> bool:
