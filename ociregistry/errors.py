@@ -132,6 +132,16 @@ class RangeUnsatisfiable(RegistryError):
         return {"Content-Range": f"bytes */{self.size}"}
 
 
+class TooManyRequests(RegistryError):
+    """Clients ask for more at once than this server does for them."""
+
+    status = 429
+    code = "TOOMANYREQUESTS"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
+
+
 class Unavailable(RegistryError):
     """The upstream or the local disk cannot serve the content now; retry after `retry_after` seconds."""
 

@@ -21,7 +21,7 @@ from twisted.web.template import Tag, flattenString
 from ociregistry.admin.images import Selected, select
 from ociregistry.admin.status import Status, document
 from ociregistry.context import Context
-from ociregistry.errors import Denied, NotFound, Unavailable
+from ociregistry.errors import Denied, NotFound, TooManyRequests
 from ociregistry.log import ALWAYS
 from ociregistry.names import Digest
 from ociregistry.settings import AdminListen
@@ -135,10 +135,10 @@ class AdminSite(HandlerSite):
         """Render a page: one in each turn of the reactor, so that clients have theirs in between.
 
         Raises:
-            Unavailable: too many others wait.
+            TooManyRequests: too many others wait.
         """
         if len(self._rendering.waiting) >= _MOST_WAITING:
-            raise Unavailable("too many pages are asked for at once", 1)
+            raise TooManyRequests("too many pages are asked for at once")
         await self._rendering.acquire()
         self._clock.callLater(0, self._rendering.release)
         content = await flattenString(None, make())

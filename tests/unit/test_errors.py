@@ -21,6 +21,7 @@ STATUSES = {
     "Unsupported": (404, "UNSUPPORTED"),
     "MethodUnsupported": (405, "UNSUPPORTED"),
     "RangeUnsatisfiable": (416, "SIZE_INVALID"),
+    "TooManyRequests": (429, "TOOMANYREQUESTS"),
     "Unavailable": (503, "UNAVAILABLE"),
     "OutOfDescriptors": (503, "UNAVAILABLE"),
 }
@@ -44,6 +45,7 @@ def test_message_is_the_text_of_the_error(kind: type[RegistryError]) -> None:
 def test_error_headers() -> None:
     assert errors.MethodUnsupported("PUT").headers() == {"Allow": "GET, HEAD"}
     assert RangeUnsatisfiable("outside", 2048).headers() == {"Content-Range": "bytes */2048"}
+    assert errors.TooManyRequests("pages").headers() == {"Retry-After": "1"}
     assert Unavailable("down").headers() == {"Retry-After": "5"}
     assert Unavailable("down", 120).headers() == {"Retry-After": "120"}
     assert LoopDetected("again", "1.1 a, 1.1 b").headers() == {"Via": "1.1 a, 1.1 b"}
