@@ -284,6 +284,20 @@ def _read_regular(path: Path | str, largest: int) -> bytes:
     return data
 
 
+def note_time(path: Path, now: float) -> None:
+    """Set the times of the file at `path` to `now`, in seconds, or to the kernel's now for a file of another user.
+
+    Whoever may write a file may set its times to the present; only its owner and root may choose them (utimensat(2)).
+
+    Raises:
+        OSError: they cannot be set.
+    """
+    try:
+        os.utime(path, (now, now))
+    except PermissionError:
+        os.utime(path)
+
+
 def is_at(descriptor: int, path: Path) -> bool:
     """Tell whether the file at `path` is the one that is open as `descriptor`.
 

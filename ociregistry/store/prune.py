@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
-from ociregistry.store.files import Files, is_full, read_regular
+from ociregistry.store.files import Files, is_full, note_time, read_regular
 from ociregistry.store.index import newest
 from ociregistry.store.paths import (
     PRUNED_SUFFIX,
@@ -337,7 +337,7 @@ def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None)
             _rewrite(root, staying, files)
         for stored in prune_set.misdated:
             with suppress(FileNotFoundError):
-                os.utime(stored.path, (snapshot.now.timestamp(), snapshot.now.timestamp()))
+                note_time(stored.path, snapshot.now.timestamp())
         for lists in (True, False):
             _remove_records(root, [stored for stored in from_the_top if stored.manifest.is_list is lists], files)
         for path in pulls_folder(root).glob(f"*{PRUNED_SUFFIX}"):
@@ -352,7 +352,9 @@ def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: 
     for stored, record in records:
         temporary.parent.mkdir(exist_ok=True)
         files.put(stored.path, record.render(), temporary)
-        os.utime(stored.path, (stored.pulled.timestamp(), stored.pulled.timestamp()))
+        # Only the owner of a file may choose its time: else it counts as pulled now.
+        with suppress(PermissionError):
+            os.utime(stored.path, (stored.pulled.timestamp(), stored.pulled.timestamp()))
 
 
 def _remove_records(root: Path, records: Collection[StoredRecord], files: Files) -> None:

@@ -24,7 +24,7 @@ from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs, size_of_blob
-from ociregistry.store.files import Files, is_of_the_file, read_regular, reason
+from ociregistry.store.files import Files, is_of_the_file, note_time, read_regular, reason
 from ociregistry.store.paths import (
     LISTS_FOLDER,
     blobs_folder,
@@ -407,7 +407,7 @@ def note_pull(path: Path, now: float) -> None:
     # A read-only store still serves hits.
     with suppress(OSError):
         if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
-            os.utime(path, (now, now))
+            note_time(path, now)
 
 
 def is_wanted(record: Record, blobs: Path) -> bool:

@@ -26,6 +26,7 @@ from ociregistry.store.files import (
     is_full,
     is_gone,
     is_of_the_file,
+    note_time,
     open_regular,
     read_regular,
     reason,
@@ -357,5 +358,5 @@ def note_verified(root: Path, now: datetime) -> bool:
         if not is_full(error):
             raise
         return False
-    os.utime(path, (now.timestamp(), now.timestamp()))
+    note_time(path, now.timestamp())
     return True

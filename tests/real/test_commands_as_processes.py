@@ -141,14 +141,23 @@ def test_command_without_n_ignores_a_live_pid_file(shell: Shell, tmp_path: Path,
     assert (tmp_path / "twistd.pid").read_text() == str(os.getpid())
 
 
-def test_file_system_that_decides_who_owns_files(shell: Shell, public_folder: Path) -> None:
+def test_file_system_that_decides_who_owns_files(
+    registry: ScriptedRegistry, shell: Shell, public_folder: Path
+) -> None:
     """As NFS does with all_squash, SMB with a user for all, and FUSE: new files are not those of their maker."""
     need_root()
     owner = NOBODY_UID - 1
+    registry.add("team/app", INDEX, "v2")
+    (shell.folder / "list").write_text(f"{registry.host}/team/app:v1\n{registry.host}/team/app:v2\n")
     with fuse_disk(public_folder / "disk", f"--force-user={owner}", "--perms=a+rwX") as disk:
         on_disk = Shell(shell.folder, disk.path / "images", shell.config)
-        for printed in ("1 loaded, 0 already there, 0 failed", "0 loaded, 1 already there, 0 failed"):
-            done = run_process(as_nobody(on_disk.argv(*words(shell, "load LIST"))), shell.folder)
+        for command, printed in (
+            ("load LIST", "2 loaded, 0 already there, 0 failed"),
+            ("load LIST", "0 loaded, 2 already there, 0 failed"),
+            ("verify", "3 records and 4 blobs "),
+            ("prune --pattern app:v2", "1 image URL, 0 records and 0 blobs removed"),
+        ):
+            done = run_process(as_nobody(on_disk.argv(*words(shell, command))), shell.folder)
             assert printed in succeeded(done)
         assert owners(on_disk.store) == {owner}
 

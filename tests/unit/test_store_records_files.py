@@ -151,6 +151,23 @@ def test_pull_time_is_updated_once_a_minute(records: RecordFiles) -> None:
         assert path.stat().st_mtime == noted
 
 
+def test_pull_of_a_record_of_another_user_is_noted(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel lets those who may write a file set its time to the present, and its owner alone choose one."""
+    confirmed(records, IMAGE, NGINX, NOW)
+    path = records.path(IMAGE.digest, is_list=False)
+    os.utime(path, (1000, 1000))
+    utime = os.utime
+
+    def without_owning(path: Path, times: tuple[float, float] | None = None) -> None:
+        if times is not None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", without_owning)
+    note_pull(path, 2000)
+    assert path.stat().st_mtime > 2000
+
+
 def test_read_only_store_is_no_error(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
 
