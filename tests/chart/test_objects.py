@@ -190,6 +190,40 @@ def test_strategy(name: str, strategy: str) -> None:
     assert render(CASES[name].values).one("Deployment")["spec"]["strategy"]["type"] == strategy
 
 
+def test_rollout_of_a_shared_volume_takes_no_pod_away() -> None:
+    strategy = render(CASES["replicas"].values).one("Deployment")["spec"]["strategy"]
+    assert strategy["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+def test_values_of_replicas_arrive() -> None:
+    name = "replicas of an existing claim"
+    rendered, values = render(CASES[name].values), CASES[name].values
+    assert rendered.one("Deployment")["spec"]["replicas"] == values["replicas"]
+    assert rendered.one("PodDisruptionBudget")["spec"]["maxUnavailable"] == "50%"
+    assert rendered.pod["spec"]["topologySpreadConstraints"] == values["topologySpreadConstraints"]
+    claim = render(CASES["replicas"].values).one("PersistentVolumeClaim")["spec"]
+    assert (claim["accessModes"], claim["storageClassName"]) == (["ReadWriteMany"], "cephfs")
+
+
+def test_volume_is_given_to_the_user_once() -> None:
+    """Not at each start, which takes minutes with a large store."""
+    context = render({}).pod["spec"]["securityContext"]
+    assert (context["fsGroup"], context["fsGroupChangePolicy"]) == (context["runAsUser"], "OnRootMismatch")
+
+
+def test_network_policy() -> None:
+    values = CASES["network policy"].values["networkPolicy"]
+    policy = render(CASES["network policy"].values).one("NetworkPolicy")["spec"]
+    clients, admin = policy["ingress"]
+    assert clients == {"ports": [{"port": "registry", "protocol": "TCP"}], "from": values["clients"]}
+    assert admin == {"ports": [{"port": "admin", "protocol": "TCP"}], "from": values["admin"]}
+    assert (policy["egress"], policy["policyTypes"]) == (values["egress"], ["Ingress", "Egress"])
+    usual = render({}).one("NetworkPolicy")["spec"]
+    assert usual["policyTypes"] == ["Ingress"]
+    assert [rule.keys() for rule in usual["ingress"]] == [{"ports"}, {"ports", "from"}]
+    assert render(CASES["no network policy"].values).all("NetworkPolicy") == []
+
+
 def test_several_replicas_are_spread_and_budgeted() -> None:
     rendered = render(CASES["replicas"].values)
     (constraint,) = rendered.pod["spec"]["topologySpreadConstraints"]

@@ -102,6 +102,40 @@ def test_notes_tell_the_next_step(name: str) -> None:
     assert "\n\n\n" not in text
 
 
+LEFT = "`helm uninstall` leaves the claim"
+OUTSIDE = "is outside the usual range"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("defaults", "--url http://ADDRESS-OF-THE-NODE:31080 --write"),
+        ("tls by a secret", "--url https://ADDRESS-OF-THE-NODE:31080 --write"),
+        ("tls in the values", "--url https://ADDRESS-OF-THE-NODE:31080 --write"),
+        ("clusterIP", "--url http://ADDRESS-OF-THE-SERVICE:8080 --write"),
+        ("loadBalancer", "--url http://ADDRESS-OF-THE-SERVICE:443 --write"),
+        ("emptyDir", "what is cached is lost with the pod"),
+        ("hostPath", f"kubectl label namespace {NAMESPACE} --overwrite"),
+        ("node configurer", f"kubectl label namespace {NAMESPACE} --overwrite"),
+        ("node configurer of k3s", "kubectl label namespace nodes --overwrite"),
+        ("node configurer of k3s", "kubectl --namespace nodes rollout status"),
+        ("node configurer removes", "set nodeConfigurer.enabled=false"),
+        ("defaults", LEFT),
+    ],
+)
+def test_notes_are_of_the_values(name: str, told: str) -> None:
+    assert told in notes(CASES[name].values)
+
+
+def test_notes_leave_out_what_is_not_so() -> None:
+    assert LEFT not in notes(CASES["claim"].values)
+    for port in (80, 29999, 32768):
+        assert f"The node port {port} {OUTSIDE}" in notes({"service": {"nodePort": port}})
+        assert OUTSIDE not in notes({"service": {"nodePort": port, "type": "ClusterIP"}})
+    for port in (30000, 32767):
+        assert OUTSIDE not in notes({"service": {"nodePort": port}})
+
+
 @pytest.mark.parametrize("name", ["missing.tar", "other.tar"])
 def test_import_names_what_is_no_archive_of_images(tmp_path: Path, name: str) -> None:
     with tarfile.open(tmp_path / "other.tar", "w") as archive:

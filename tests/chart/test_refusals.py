@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.chart.rendering import RenderFailed, render
+from tests.chart.rendering import CHART, RenderFailed, render
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"replicas": 2}, "replicas: 2 pods need one volume that all of them can write: set persistence.accessModes"),
     ({"replicas": 2, "persistence": {"type": "emptyDir"}}, "(persistence.type is emptyDir)"),
     ({"replicas": 2, "persistence": {"type": "hostPath"}}, "(persistence.type is hostPath)"),
+    # The access modes are those of a claim.
+    (
+        {"replicas": 2, "persistence": {"type": "emptyDir", "accessModes": ["ReadWriteMany"]}},
+        "a storage class that offers it (persistence.type is emptyDir)",
+    ),
     ({"replicas": 2, "persistence": {"type": "existingClaim", "existingClaim": "a"}}, "replicas: 2 pods need one"),
     ({"persistence": {"type": "existingClaim"}}, "persistence.existingClaim: the name of the claim is missing"),
     ({"persistence": {"existingClaim": "a"}}, "persistence.existingClaim: has no effect with persistence.type claim"),
@@ -51,16 +58,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"config": {"prune": {"max_size": "40 gigabytes"}}}, "/config/prune/max_size"),
     ({"config": {"prune": {"max_share": "0.5"}}}, "/config/prune/max_share"),
     ({"config": {"verify": {"max_rate": "5MB/s"}}}, "/config/verify/max_rate"),
-    ({"registries": [{"nam": "a.b"}]}, "/registries/0"),
+    ({"config": {"max_connections": 10001}}, "/config/max_connections"),
+    ({"config": {"concurrent": 0}}, "/config/concurrent"),
+    ({"config": {"bandwidth": [{"from": "08:00", "max": "2Mbit"}]}}, "missing property 'to'"),
+    ({"registries": [{}]}, "missing property 'name'"),
+    ({"registries": [{"name": "a.b", "nam": "a.b"}]}, "additional properties 'nam' not allowed"),
     ({"registries": [{"name": "https://a.b"}]}, "/registries/0/name"),
     ({"registries": [{"name": "a.b/team"}]}, "/registries/0/name"),
     ({"registries": [{"name": "a.b", "auth": {"user": "u", "password": 123}}]}, "got number, want string"),
     ({"registries": [{"name": "a.b", "auth": {"password_file": "relative"}}]}, "/registries/0/auth/password_file"),
+    ({"replicas": -1}, "/replicas"),
+    ({"adminListen": "8081"}, "/adminListen"),
     ({"service": {"nodePort": 0}}, "/service/nodePort"),
+    ({"service": {"port": 65536}}, "/service/port"),
+    ({"service": {"type": "ExternalName"}}, "/service/type"),
     ({"persistence": {"type": "pvc"}}, "/persistence/type"),
     ({"persistence": {"size": "50 GB"}}, "/persistence/size"),
+    ({"persistence": {"accessModes": []}}, "/persistence/accessModes"),
+    ({"persistence": {"accessModes": ["ReadWriteAll"]}}, "/persistence/accessModes/0"),
+    ({"persistence": {"type": "hostPath", "hostPath": "store"}}, "/persistence/hostPath"),
     ({"image": {"digest": "sha256:1"}}, "/image/digest"),
     ({"nodeConfigurer": {"urls": ["10.0.0.1:31080"]}}, "/nodeConfigurer/urls/0"),
+    ({"nodeConfigurer": {"dir": "certs.d"}}, "/nodeConfigurer/dir"),
+    ({"nodeConfigurer": {"uninstallSeconds": 3601}}, "/nodeConfigurer/uninstallSeconds"),
     ({"preload": ["two words"]}, "/preload/0"),
 ]
 
@@ -70,3 +90,18 @@ def test_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RenderFailed) as refused:
         render(values)
     assert message in str(refused.value)
+
+
+def open_objects(schema: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths in a schema of objects that allow other keys than those that it names."""
+    if isinstance(schema, dict):
+        if "properties" in schema and schema.get("additionalProperties") is not False:
+            yield path
+        for key, value in schema.items():
+            yield from open_objects(value, f"{path}/{key}")
+
+
+def test_misspelt_keys_are_refused_everywhere() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    # The rest of a variable is what Kubernetes allows.
+    assert list(open_objects(schema)) == ["/properties/extraEnv/items"]
