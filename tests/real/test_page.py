@@ -159,9 +159,10 @@ def test_thousands_of_images_make_a_light_page(
     assert len(any_browser.find("#table tbody tr")) == 100
 
 
-def test_search_and_sort(watched: Watched, any_browser: Browser) -> None:
+def test_search_and_sort(watched: Watched, any_browser: Browser, request: pytest.FixtureRequest) -> None:
     """By the field and the heads of the columns; without scripts these are a form and links."""
     any_browser.open(f"{watched.url}?sort=url")
+    same = stays(any_browser)
     (field,) = any_browser.find("#search")
     field.send_keys("R3 app00")
     field.submit()
@@ -187,6 +188,15 @@ def test_search_and_sort(watched: Watched, any_browser: Browser) -> None:
     assert sort("pulled", "Last pulled", "ascending") == newest[::-1]
     assert sort("url", "Image", "ascending") == found
     assert any_browser.find("#search")[0].get_attribute("value") == "R3 app00"
+    # With scripts nothing is loaded but the list.
+    assert same() == (request.node.callspec.params["any_browser"] == "browser")
+    # Another search keeps the order.
+    sort("size", "Size", "descending")
+    (field,) = any_browser.find("#search")
+    field.send_keys("0")
+    field.submit()
+    any_browser.wait_for("#found", ": 1 of 20")
+    assert any_browser.find("#table th[aria-sort=descending] #by-size")
 
 
 def test_pages_of_images(watched: Watched, any_browser: Browser) -> None:
@@ -254,17 +264,25 @@ def test_link_that_goes_down_and_comes_back_is_shown(
         assert any_browser.find(f"#links .{state}")
 
 
-def test_polls_are_no_more_than_one_a_second(watched: Watched, browser: Browser) -> None:
-    """Also after the tab was hidden and is looked at again."""
+POLLS = "performance.getEntriesByType('resource').filter(one => one.name.endsWith('/live'))"
+
+
+def pauses(browser: Browser) -> list[float]:
+    """Return the milliseconds from one poll to the next."""
+    starts = browser.evaluate(f"{POLLS}.map(one => one.startTime)")
+    return [later - earlier for earlier, later in pairwise(starts)]
+
+
+def test_polls_are_one_a_second(watched: Watched, browser: Browser) -> None:
+    """And no more after the tab was hidden and is looked at again."""
     browser.open(watched.url)
-    polls = "performance.getEntriesByType('resource').filter(one => one.name.endsWith('/live'))"
-    wait_until(lambda: browser.evaluate(f"{polls}.length") >= 2, 30, "polls")
-    browser.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    browser.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    seen = browser.evaluate(f"{polls}.length")
-    wait_until(lambda: browser.evaluate(f"{polls}.length") >= seen + 3, 30, "polls")
-    starts = browser.evaluate(f"{polls}.map(one => one.startTime)")[-3:]
-    assert all(later - earlier > 990 for earlier, later in pairwise(starts))
+    # A busy machine may take longer, but not each time.
+    wait_until(lambda: any(pause < 2000 for pause in pauses(browser)), 30, "a second poll soon after the first")
+    seen = len(pauses(browser))
+    browser.evaluate("[1, 2].map(() => document.dispatchEvent(new Event('visibilitychange')))")
+    wait_until(lambda: len(pauses(browser)) >= seen + 4, 30, "polls")
+    # The one that comes at once with the look at the tab.
+    assert sum(pause < 990 for pause in pauses(browser)) <= 1
 
 
 def test_what_is_typed_and_chosen_stays(watched: Watched, browser: Browser) -> None:
@@ -286,6 +304,38 @@ def test_what_is_typed_and_chosen_stays(watched: Watched, browser: Browser) -> N
     found = browser.texts("#table tbody th")
     browser.open(browser.evaluate("location.href"))
     assert browser.texts("#table tbody th") == found
+
+
+def test_what_is_selected_or_open_stays(watched: Watched, browser: Browser) -> None:
+    """Although the part of the page around it has changed."""
+
+    def fail(number: int) -> None:
+        assert watched.ask(f"open/app/manifests/{number}") == 503
+
+    watched.upstream.add("open/app", make_image("open"), "stored")
+    assert watched.ask("open/app/manifests/stored") == 200
+    watched.upstream.close()
+    try:
+        for number in range(11):
+            fail(number)
+        browser.open(watched.url)
+        same = stays(browser)
+        browser.find("#older summary")[0].click()
+        browser.evaluate("getSelection().selectAllChildren(document.getElementById('figures'))")
+        selected = browser.evaluate("getSelection().toString()")
+        shown = browser.text("#figures")
+        assert "Pulls" in selected
+        assert watched.ask("open/app/manifests/stored") == 200
+        fail(99)
+        browser.wait_for("#errors li", "open/app/manifests/99")
+        assert browser.evaluate("document.getElementById('older').open")
+        assert browser.evaluate("getSelection().toString()") == selected
+        assert browser.text("#figures") == shown
+        browser.evaluate("getSelection().removeAllRanges()")
+        wait_until(lambda: browser.text("#figures") != shown, 30, "an update")
+        assert same()
+    finally:
+        watched.upstream.open()
 
 
 def test_page_of_another_version_is_loaded_again(watched: Watched, browser: Browser) -> None:
