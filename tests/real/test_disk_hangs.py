@@ -46,9 +46,9 @@ def hang(cache: Cache, tmp_path: Path) -> Hang:
     return hang
 
 
-def cached(cache: Cache, tag: str) -> Image:
-    """Return an image that is in the cache."""
-    image = plain_image(tag, MIB)
+def cached(cache: Cache, tag: str, size: int = MIB) -> Image:
+    """Return an image with a layer of `size` bytes that is in the cache."""
+    image = plain_image(tag, size)
     cache.upstream.add("hangs", image, tag)
     assert cache.ask(f"hangs/manifests/{tag}").body == image.manifest.data
     assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
@@ -232,15 +232,21 @@ def test_server_of_a_fuse_file_system_that_is_gone(tmp_path: Path) -> None:
     ):
         cache = Cache(daemon, upstream)
         hot, cold = cached(cache, "hot"), cached(cache, "cold")
-        drop(blob_file(daemon, cold.layers[0].digest))
+        # More than sockets hold.
+        begun = cached(cache, "begun", 32 * MIB)
         for _ in range(2):
             assert_served(cache, hot, "hot")
-        disk.stop()
-        try:
-            # The kernel asks the server now and then whether a file has changed, also about what is in memory.
-            assert_refused_in_time(cache, cold, lambda: assert_manifest_is_served(cache, hot, "hot", AT_ONCE))
-            assert_manifest_is_served(cache, hot, "hot", AT_ONCE)
-        finally:
-            disk.go_on()
-        wait_until(lambda: is_whole(cache, cold), SOON, "it answers again")
+        with cache.opened(blob_of(begun)) as answer, ThreadPoolExecutor(1) as clients:
+            for image in (cold, begun):
+                drop(blob_file(daemon, image.layers[0].digest))
+            disk.stop()
+            try:
+                rest = clients.submit(answer.read)
+                # The kernel asks the server now and then whether a file has changed, also about what is in memory.
+                assert_refused_in_time(cache, cold, lambda: assert_manifest_is_served(cache, hot, "hot", AT_ONCE))
+                assert_manifest_is_served(cache, hot, "hot", AT_ONCE)
+                assert isinstance(rest.exception(ANSWERED), IncompleteRead)
+            finally:
+                disk.go_on()
+        wait_until(lambda: is_whole(cache, cold) and is_whole(cache, begun), SOON, "it answers again")
         assert_served(cache, hot, "hot")
