@@ -212,9 +212,11 @@ class PullThrough(Service):
         if self._must_be_latest(image) or entry is None or not entry.known_in(image.repository):
             return None
 
+        meaning = self._store.meanings(image)
+
         def repeated() -> bool:
             nonlocal noted
-            changed = self._store.entry(digest) is not entry or self._store.meaning(image) != digest
+            changed = self._store.entry(digest) is not entry or meaning() != digest
             if changed or self._store.faults.scan_fails:
                 return False
             now = self._clock.seconds()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.index import Entry, Index
@@ -31,6 +32,13 @@ class Lookups:
     def meaning(self, image: ImageReference) -> Digest | None:
         """Return the manifest that `image` means according to memory, or None; its record may not be readable."""
         return self._index.resolve(image)
+
+    def meanings(self, image: ImageReference) -> Callable[[], Digest | None]:
+        """Return a function for many calls, each of which returns what `meaning` does at that time."""
+        if isinstance(image.reference, Digest):
+            return partial(self._index.resolve, image)
+        # Spelling the image takes half of the time of a lookup.
+        return partial(self._index.meaning, str(image))
 
     def entry(self, digest: Digest) -> Entry | None:
         """Return what memory keeps of the record `digest`, or None if there is no record."""
