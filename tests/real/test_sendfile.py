@@ -124,6 +124,8 @@ def stored(cache: Cache) -> Blob:
     assert cache.ask("sent/manifests/1").body == image.manifest.data
     assert digest_of(cache.ask(f"sent/blobs/{image.layers[0].digest}").body) == image.layers[0].digest
     cache.wait_stored(image.layers[0].digest)
+    # A client has its last byte before that is logged.
+    wait_until(lambda: cache.daemon.log.count("#info] GET /v2/") == 2, SOON, "both answers are logged")
     return image.layers[0]
 
 

@@ -113,3 +113,21 @@ def test_reading_leaves_the_access_time(tmp_path: Path) -> None:
         assert os.pread(file.fileno(), 10, 0) == b"data"
         file.release()
         assert path.stat().st_atime == 1
+
+
+@pytest.mark.parametrize("count", [10, SIZE])
+def test_nothing_is_asked_of_a_file_system_that_cannot_tell(
+    file: SharedFile, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call may wait for the server of such a file system, even one for the status of an open file."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def wait(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    monkeypatch.setattr(os, "fstat", wait)
+    monkeypatch.setattr(pagecache, "_mmap", wait)
+    assert not is_resident(file.fileno(), 0, count)
