@@ -124,10 +124,10 @@ def test_nothing_is_asked_of_a_file_system_that_cannot_tell(
     def refuse(*_: object) -> int:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    def wait(*_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(os, "preadv", refuse)
-    monkeypatch.setattr(os, "fstat", wait)
-    monkeypatch.setattr(pagecache, "_mmap", wait)
-    assert not is_resident(file.fileno(), 0, count)
+    asked: list[object] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", refuse)
+        patched.setattr(os, "fstat", asked.append)
+        patched.setattr(pagecache, "_in_core", lambda *about: asked.append(about))
+        told = is_resident(file.fileno(), 0, count)
+    assert (told, asked) == (False, [])
