@@ -287,7 +287,8 @@ def _read_regular(path: Path | str, largest: int) -> bytes:
 def note_time(path: Path, now: float) -> None:
     """Set the times of the file at `path` to `now`, in seconds, or to the kernel's now for a file of another user.
 
-    Whoever may write a file may set its times to the present; only its owner and root may choose them (utimensat(2)).
+    A user who may write a file may set its times to the present; only its owner and root may choose them
+    (utimensat(2)).
 
     Raises:
         OSError: they cannot be set.
@@ -296,6 +297,16 @@ def note_time(path: Path, now: float) -> None:
         os.utime(path, (now, now))
     except PermissionError:
         os.utime(path)
+
+
+def restore_time(path: Path, nanoseconds: int) -> None:
+    """Set the times of a file that was rewritten to what they were. Those of another user's file stay as they are.
+
+    Raises:
+        OSError: they cannot be set.
+    """
+    with suppress(PermissionError):
+        os.utime(path, ns=(nanoseconds, nanoseconds))
 
 
 def is_at(descriptor: int, path: Path) -> bool:
@@ -335,8 +346,8 @@ class Files:
         """Create an empty file, open for reading and writing, after unlinking an earlier file of that name."""
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        # O_NOATIME afterwards: where a server decides who owns the new file, as with NFS, SMB and FUSE, the call that
-        # creates it would fail, and leave it there.
+        # Where a server decides who owns a new file, as with NFS, SMB and FUSE, open(2) with O_NOATIME creates the
+        # file, and then fails.
         with suppress(PermissionError):
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_NOATIME)
         return SharedFile(descriptor)

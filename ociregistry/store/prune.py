@@ -6,7 +6,6 @@ record that is written meanwhile loses no blob.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
-from ociregistry.store.files import Files, is_full, note_time, read_regular
+from ociregistry.store.files import Files, is_full, note_time, read_regular, restore_time
 from ociregistry.store.index import newest
 from ociregistry.store.paths import (
     PRUNED_SUFFIX,
@@ -352,9 +351,7 @@ def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: 
     for stored, record in records:
         temporary.parent.mkdir(exist_ok=True)
         files.put(stored.path, record.render(), temporary)
-        # Only the owner of a file may choose its time: else it counts as pulled now.
-        with suppress(PermissionError):
-            os.utime(stored.path, (stored.pulled.timestamp(), stored.pulled.timestamp()))
+        restore_time(stored.path, round(stored.pulled.timestamp() * 1e9))
 
 
 def _remove_records(root: Path, records: Collection[StoredRecord], files: Files) -> None:

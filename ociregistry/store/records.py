@@ -24,7 +24,7 @@ from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs, size_of_blob
-from ociregistry.store.files import Files, is_of_the_file, note_time, read_regular, reason
+from ociregistry.store.files import Files, is_of_the_file, note_time, read_regular, reason, restore_time
 from ociregistry.store.paths import (
     LISTS_FOLDER,
     blobs_folder,
@@ -317,7 +317,7 @@ class RecordFiles:
                 record = record.without_tag(image)
             if taken:
                 self._put(path, record)
-                os.utime(path, ns=(pulled, pulled))
+                restore_time(path, pulled)
                 return record
         return None
 

@@ -152,7 +152,7 @@ def test_pull_time_is_updated_once_a_minute(records: RecordFiles) -> None:
 
 
 def test_pull_of_a_record_of_another_user_is_noted(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel lets those who may write a file set its time to the present, and its owner alone choose one."""
+    """A user who may write a file may set its time to the present; only its owner may choose another time."""
     confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     os.utime(path, (1000, 1000))
@@ -166,6 +166,19 @@ def test_pull_of_a_record_of_another_user_is_noted(records: RecordFiles, monkeyp
     monkeypatch.setattr(os, "utime", without_owning)
     note_pull(path, 2000)
     assert path.stat().st_mtime > 2000
+
+
+def test_tag_is_taken_from_a_record_of_another_user(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time cannot be restored then, but it was written, and the index has to know."""
+    confirmed(records, IMAGE, NGINX, NOW)
+
+    def without_owning(path: Path, *, ns: tuple[int, int]) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "utime", without_owning)
+    written = records.confirm(OTHER, [Confirmation(NGINX, LATER, rivals={IMAGE.digest: False})])
+    assert [record.manifest for record in written] == [OTHER, IMAGE]
+    assert str(NGINX) not in written[1].images
 
 
 def test_read_only_store_is_no_error(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
