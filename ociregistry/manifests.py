@@ -118,17 +118,18 @@ class Descriptor(NamedTuple):
         """
         if not isinstance(value, dict):
             raise ManifestInvalid(f"a descriptor is not an object: {_short(value)}")
-        get = value.get
-        digest, size, media_type = get("digest"), get("size"), get("mediaType")
-        # A bool is an int to Python, but not to JSON.
-        if type(size) is not int or size < 0:
+        size = value.get("size")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ManifestInvalid(f"a descriptor has no valid size: {_short(value)}")
         try:
-            digest = Digest.parse(digest if type(digest) is str else str(digest))
+            digest = Digest.parse(str(value.get("digest")))
         except RegistryError as error:
             raise ManifestInvalid(error.message) from None
-        media_type = canonical_media_type(media_type)
-        platform, urls = get("platform"), get("urls")
+        media_type, platform, urls = (
+            canonical_media_type(value.get("mediaType")),
+            value.get("platform"),
+            value.get("urls"),
+        )
         if not platform and not urls:
             # As of most layers.
             return cls(digest, size, media_type)

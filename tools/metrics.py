@@ -28,8 +28,8 @@ _HEAD = f"""# Metrics and status
 The daemon tells an operator what it does at an address apart from that of its clients, `--admin-listen`: by default
 `{DEFAULT_ADMIN_LISTEN}`, port 8081 of this machine alone. `/metrics` is for Prometheus, `/status` has the
 same facts as JSON, and `/` shows them on [a page](watching.md#the-page). They are read from memory, answer GET and
-HEAD, and change nothing. There is no password: restrict who can reach the address, since the names of images and
-upstreams are shown there, or use a Unix socket such as `unix:/run/ociregistry/admin.sock:mode=660`.
+HEAD, and change nothing. There is no password, and the names of images and upstreams are shown: restrict who can
+reach the address, or use a Unix socket such as `unix:/run/ociregistry/admin.sock:mode=660`.
 `--admin-listen ''` serves them nowhere.
 
 ```sh

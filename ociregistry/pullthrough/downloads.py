@@ -120,7 +120,7 @@ class Downloads:
         """Return what `wait` returns of the download of a blob, which is started where none is in flight.
 
         Raises:
-            RegistryError: `wait` raised it, of a download whose failure another attempt would repeat.
+            RegistryError: `wait` raised it, and another download would fail in the same way.
         """
         while True:
             download = self._in_flight.get(digest)

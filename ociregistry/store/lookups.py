@@ -37,7 +37,7 @@ class Lookups:
         """Return a function for many calls, each of which returns what `meaning` does at that time."""
         if isinstance(image.reference, Digest):
             return partial(self._index.resolve, image)
-        # Spelling the image takes half of the time of a lookup.
+        # Spelling the image takes most of the time of a lookup.
         return partial(self._index.meaning, str(image))
 
     def entry(self, digest: Digest) -> Entry | None:

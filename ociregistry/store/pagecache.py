@@ -39,11 +39,10 @@ def is_resident(descriptor: int, offset: int, count: int) -> bool:
     # First: where the file system cannot tell, any other call, fstat(2) too, may wait for its server.
     if not read_at_once(descriptor, byte, offset):
         return False
-    if os.fstat(descriptor).st_uid != os.geteuid():
-        last = offset + count - 1
-        if not all(read_at_once(descriptor, byte, at) for at in (*range(offset, last, _SAMPLE_EVERY), last)):
-            return False
-    return _in_core(descriptor, offset, count)
+    owned = os.fstat(descriptor).st_uid == os.geteuid()
+    last = offset + count - 1
+    samples = () if owned else (*range(offset + _SAMPLE_EVERY, last, _SAMPLE_EVERY), last)
+    return all(read_at_once(descriptor, byte, at) for at in samples) and _in_core(descriptor, offset, count)
 
 
 def read_at_once(descriptor: int, buffer: bytearray, offset: int) -> int:

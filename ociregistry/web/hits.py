@@ -129,10 +129,9 @@ class Hits:
         if sent < len(head):
             channel.write(head[sent:])
             return 0
-        socket = None if file is None else channel.socket
-        if file is None or socket is None:
-            return sent - len(head)
-        return file.send_at_once(socket, 0, min(file.size, SLICE))
+        if file is not None and (socket := channel.socket) is not None:
+            return file.send_at_once(socket, 0, min(file.size, SLICE))
+        return sent - len(head)
 
     def _send_rest(self, channel: Channel, logged: Logged, content: Content, sent: int) -> None:
         exchange = Exchange(channel, logged, self._limits, self._clock)

@@ -92,7 +92,7 @@ class Sending:
 
 
 async def downloads_ended(cache: PullThrough) -> None:
-    """Wait until all downloads have ended, which no public attribute shows."""
+    """Wait until all downloads have ended."""
     await until(lambda: not cache.in_flight)
 
 
