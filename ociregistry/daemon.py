@@ -32,6 +32,7 @@ from ociregistry.imagelists.reading import read_image_list
 from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces, writes
 from ociregistry.process import (
     exit_with,
+    keep_freed_memory,
     let_reactor_handle_interrupts,
     raise_file_descriptor_limit,
     unusable_store,
@@ -209,6 +210,7 @@ class Daemon(MultiService):
         globalLogPublisher.addObserver(self._errors)
         # Each client needs one or two.
         raise_file_descriptor_limit()
+        keep_freed_memory()
         try:
             with collection_paused():
                 super().startService()

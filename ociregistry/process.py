@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -15,6 +16,26 @@ def raise_file_descriptor_limit() -> None:
     """Raise the soft limit of file descriptors to the hard limit; the usual 1024 is meant for select()."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT = 16 * 1024 * 1024
+"""Bytes."""
+_LARGEST_KEPT = 4 * 1024 * 1024
+"""Bytes."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep some memory that was freed (mallopt(3)).
+
+    Otherwise it returns the memory of each piece of a blob to the kernel, and that of the next one is filled with
+    zeros: a fifth of the processor's time of a download.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Other C libraries than GNU's lack it.
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def descriptors_are_scarce() -> bool:

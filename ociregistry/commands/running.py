@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 
 from ociregistry.commands.options import CommandFailed
 from ociregistry.log import LevelFilter, writes
-from ociregistry.process import raise_file_descriptor_limit, use_monotonic_clock
+from ociregistry.process import keep_freed_memory, raise_file_descriptor_limit, use_monotonic_clock
 from ociregistry.settings import Settings
 
 T = TypeVar("T")
@@ -95,6 +95,7 @@ def run_on_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], sett
     observer = LevelFilter(settings.log_level).before(writes(text, settings.log_format))
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
     raise_file_descriptor_limit()
+    keep_freed_memory()
     handled = handled_signals()
     ended: list[T | Failure] = []
 

@@ -334,10 +334,10 @@ class DownloadReader:
         assert self._file is not None
         return self._file.read(offset, count)
 
-    def send(self, to: int, offset: int, count: int) -> Deferred[int]:
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset`, which must be readable, to a socket; give their number."""
         assert self._file is not None
-        return self._file.send(to, offset, count)
+        return self._file.send(to, offset, count, in_thread=in_thread)
 
     def close(self) -> None:
         """Close the file and leave the download."""

@@ -75,13 +75,13 @@ class StoredBlob:
         reading = maybeDeferred(self._threads.read_at, self._file, self._path, offset, count)
         return reading.addErrback(self._cannot_read, offset)
 
-    def send(self, to: int, offset: int, count: int) -> Deferred[int]:
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset` to a socket, as `Threads.send_at` does.
 
         Raises:
             OSError: through the Deferred: they cannot be read, or the connection is lost.
         """
-        sending = maybeDeferred(self._threads.send_at, self._file, self._path, offset, count, to)
+        sending = maybeDeferred(self._threads.send_at, self._file, self._path, offset, count, to, in_thread=in_thread)
         return sending.addErrback(self._cannot_read, offset)
 
     def send_at_once(self, to: int, offset: int, count: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,15 +11,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
-from twisted.internet.defer import Deferred, execute, fail, succeed
+from twisted.internet.defer import Deferred, DeferredSemaphore, execute, fail, succeed
 from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, read_written, send_file, send_written
-from ociregistry.store.pagecache import is_resident, read_at_once
+from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, read_written, send_file
+from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_at_once, send_for_a_turn
 
 _log = Logger(namespace="ociregistry.store")
 
@@ -31,6 +32,8 @@ _SLOW = 2
 """Seconds after which a read is slow: another one may run beside it."""
 _MOST_READERS = 64
 """Reads that run at once, counting the slow ones."""
+_MOST_SENDERS = _READERS // 2
+"""Threads that send what is in memory, at once; others are left for reads that wait for the disk."""
 _OF_ONE_FILE = 2
 """Reads of one file that run at once, so that a file that hangs takes no more threads."""
 READ_WITHIN = 20
@@ -106,6 +109,7 @@ class Threads:
         """The reads that run, in their order."""
         self._writes: dict[_Job, None] = {}
         """The writes that wait or run, in their order."""
+        self._turns = DeferredSemaphore(min(len(os.sched_getaffinity(0)), _MOST_SENDERS))
         self._quick = 0
         """The number of reads that run and are not slow."""
         self._of_file: Counter[Path] = Counter()
@@ -195,25 +199,33 @@ class Threads:
             return succeed(bytes(buffer))
         return self.read_file(path, lambda: read_written(descriptor, count, offset), leases=(file.lease(),))
 
-    def send_at(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
+    def send_at(
+        self, file: SharedFile, path: Path, offset: int, count: int, to: int, *, in_thread: bool = False
+    ) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset` of `file`, opened at `path`, to the socket `to`.
 
-        If the kernel has them in memory the Deferred has fired already; otherwise a thread sends them, to a duplicate
-        of the socket: the connection may be closed meanwhile, and its number be used for another one.
+        If the kernel has them in memory the Deferred has fired already; with `in_thread`, a thread sends
+        them, one for each core at once. Other bytes are sent by one of the threads that may wait for the disk.
 
-        The Deferred gives the number of bytes that were sent, 0 if the socket takes none at present.
+        Threads send to a duplicate of the socket: the connection may be closed meanwhile, and its number be used for
+        another one. The Deferred gives the number of bytes that were sent, 0 if the socket takes none at present.
 
         Raises:
             EOFError: through the Deferred: the file ends at `offset`.
             OSError: the bytes cannot be read, or the connection is lost; through the Deferred if a thread sends them.
         """
-        descriptor = file.fileno()
-        if is_resident(descriptor, offset, count):
-            return execute(send_file, to, descriptor, offset, count)
-        socket = SocketCopy(to)
+        count = min(count, TURN if in_thread else SLICE)
+        if not is_resident(file.fileno(), offset, count):
+            return self._send(file, path, offset, min(count, SLICE), to)
+        if in_thread:
+            return self._turns.run(self._send, file, path, offset, count, to)
+        return execute(send_file, to, file.fileno(), offset, count)
+
+    def _send(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
+        socket, descriptor = SocketCopy(to), file.fileno()
         return self.read_file(
             path,
-            lambda: send_written(socket.fileno(), descriptor, offset, count),
+            lambda: send_for_a_turn(socket.fileno(), descriptor, offset, count),
             leases=(file.lease(), socket),
         )
 

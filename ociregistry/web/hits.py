@@ -19,9 +19,10 @@ from ociregistry.admin.requests import Outcome, Tally, kind_of
 from ociregistry.pullthrough.cache import Content
 from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.blobs import StoredBlob
+from ociregistry.store.pagecache import SLICE
 from ociregistry.web.channel import BUFFER, Channel, InFlight
 from ociregistry.web.exchange import Exchange, InMemory, Logged, SizeOnly, client_of, log_access
-from ociregistry.web.producer import SLICE, SendLimits
+from ociregistry.web.producer import SendLimits
 from ociregistry.web.requests import Range
 
 Again = Callable[[], Content | None]

@@ -7,7 +7,7 @@ while bytes that it wrote are unsent in this process. A client takes bytes when 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twisted.internet import defer
 from twisted.internet.interfaces import IPushProducer, IReactorTime
@@ -22,8 +22,6 @@ from ociregistry.web.channel import Channel
 
 _LARGEST_PIECE = 256 * 1024
 """Bytes per write: large enough to make the work per write negligible."""
-SLICE = 2 * 1024 * 1024
-"""Bytes of a file that are sent at once, before it is the turn of other connections."""
 _SMALLEST_PIECE = 16 * 1024
 """Bytes per write where memory is scarce."""
 
@@ -86,6 +84,8 @@ class SendLimits:
     """Tells whether the access log is written."""
     requests: Requests
     """Counts all answers."""
+    transfers: set[ContentProducer] = field(default_factory=set)
+    """Those that are sending files: one leaves the other cores to its client, several share them."""
 
 
 class ClientGone(Exception):
@@ -104,6 +104,7 @@ class ContentProducer:
         self._in_memory = in_memory
         self._patience = limits.patience
         self._unsent = limits.unsent
+        self._transfers = limits.transfers
         self._clock = clock
         self._paused = False
         self._dropped = False
@@ -136,12 +137,13 @@ class ContentProducer:
                 start += count
                 self.sent += count
         finally:
+            self._transfers.discard(self)
             self._channel.unregisterProducer()
 
     async def _send_some(self, start: int, count: int) -> int:
         try:
             if self._channel.socket is not None and is_in_file(self._content):
-                return await self._send_file(self._content, start, min(count, SLICE))
+                return await self._send_file(self._content, start, count)
             return await self._write(start, min(count, self._unsent.piece))
         except EOFError:
             raise Unavailable(f"{self._content}: the file ends at byte {start} of {self._content.size}") from None
@@ -150,6 +152,7 @@ class ContentProducer:
 
     async def _send_file(self, content: FileContent, start: int, count: int) -> int:
         """Send bytes of a file within the kernel, in turn with all other connections."""
+        self._transfers.add(self)
         self._paused = True
         self._channel.resume_when_writable()
         await self._taken(0)
@@ -157,7 +160,7 @@ class ContentProducer:
         if socket is None:
             raise ClientGone("the connection is lost")
         with self._channel.whole_packets():
-            return await content.send(socket, start, count)
+            return await content.send(socket, start, count, in_thread=len(self._transfers) > 1)
 
     async def _write(self, start: int, count: int) -> int:
         data = await self._content.read(start, count)

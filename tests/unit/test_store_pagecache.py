@@ -1,17 +1,21 @@
-"""What the kernel has in memory of a file: told exactly where the file system can tell."""
+"""What the kernel has in memory of a file: told exactly where the file system can tell, and sent for a turn."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from ociregistry.store import pagecache
 from ociregistry.store.files import Files, SharedFile, open_regular
-from ociregistry.store.pagecache import is_resident
+from ociregistry.store.pagecache import SLICE, TURN, is_resident, send_for_a_turn
 
 PAGE = os.sysconf("SC_PAGESIZE")
 SIZE = 1024 * 1024
@@ -131,3 +135,73 @@ def test_nothing_is_asked_of_a_file_system_that_cannot_tell(
         patched.setattr(pagecache, "_in_core", lambda *about: asked.append(about))
         told = is_resident(file.fileno(), 0, count)
     assert (told, asked) == (False, [])
+
+
+class Takes:
+    """A socket that takes these numbers of bytes, one after the other; stands for `send_file`."""
+
+    def __init__(self, *takes: int | type[OSError]) -> None:
+        self._takes = list(takes)
+        self.asked: list[tuple[int, int]] = []
+        """The offsets and counts with which it was called."""
+
+    def __call__(self, to: int, descriptor: int, offset: int, most: int) -> int:
+        """Take some."""
+        self.asked.append((offset, most))
+        taken = self._takes.pop(0)
+        if isinstance(taken, int):
+            return taken
+        raise taken
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two ends of a connection, of which nothing is read."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def turn(monkeypatch: pytest.MonkeyPatch, to: socket.socket, takes: Takes, most: int = TURN) -> int:
+    """Send to a socket that takes so many bytes."""
+    monkeypatch.setattr(pagecache, "send_file", takes)
+    monkeypatch.setattr(pagecache, "send_written", takes)
+    return send_for_a_turn(to.fileno(), -1, 7, most)
+
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+def test_turn_goes_on_while_the_client_is_fast(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = Takes(SLICE, 100_000, SLICE, 5)
+    assert turn(monkeypatch, pair[0], takes, 2 * SLICE + 100_005) == 2 * SLICE + 100_005
+    assert takes.asked == [(7, SLICE), (7 + SLICE, SLICE), (100_007 + SLICE, SLICE), (100_007 + 2 * SLICE, 5)]
+
+
+@pytest.mark.parametrize("taken", [0, 5000])
+def test_turn_of_a_slow_client_ends(pair: Pair, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turn(monkeypatch, pair[0], Takes(taken)) == taken
+    assert turn(monkeypatch, pair[0], Takes(SLICE, taken)) == SLICE + taken
+
+
+def test_turn_ends_when_the_client_takes_no_more(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    with suppress(BlockingIOError):
+        while True:
+            pair[0].send(bytes(65536))
+    assert turn(monkeypatch, pair[0], Takes(SLICE)) == SLICE
+
+
+def test_turn_ends_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    hundredths = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(hundredths) / 100)
+    assert turn(monkeypatch, pair[0], Takes(*[SLICE] * 10), 10 * SLICE) < 10 * SLICE
+
+
+@pytest.mark.parametrize("why", [ConnectionAbortedError, OSError])
+def test_failure_during_a_turn_is_that_of_the_next(
+    pair: Pair, why: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert turn(monkeypatch, pair[0], Takes(SLICE, why)) == SLICE
+    with pytest.raises(why):
+        turn(monkeypatch, pair[0], Takes(why))

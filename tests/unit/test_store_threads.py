@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from twisted.internet.defer import CancelledError
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
@@ -189,3 +191,33 @@ async def test_machine_that_was_stopped_does_not_look_like_a_disk_that_hangs(
     assert not threads.hung
     disk.release()
     assert await reading == b"late"
+
+
+@on_reactor
+async def test_threads_that_send_are_as_many_as_the_cores(
+    threads: Threads, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for one of them keeps no descriptor; reads and what is sent at once do not wait."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: True)
+    monkeypatch.setattr(ociregistry.store.threads, "send_for_a_turn", lambda *_: len(disk.read()))
+    cores = len(os.sched_getaffinity(0))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = open_descriptors()
+        sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=True) for _ in range(cores + 3)]
+        await until(lambda: disk.began == min(cores, 2))
+        assert open_descriptors() - before == min(cores, 4)
+        assert await threads.send_at(file, path, 0, 7, ours.fileno()) == 7
+        assert theirs.recv(100) == b"content"
+        assert await threads.read_file(OTHER, lambda: b"read") == b"read"
+        gone = sending.pop()
+        gone.cancel()
+        failed(gone, CancelledError)
+        disk.release()
+        assert [await one for one in sending] == [4] * (cores + 2)
+        await turn()
+        assert open_descriptors() == before
+    file.release()

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
@@ -242,6 +242,7 @@ class FullAtFirst:
 
     def __init__(self, clock: Clock) -> None:
         self.size = 5
+        self.in_thread: list[bool] = []
         self._clock = clock
 
     def registerProducer(self, producer: ContentProducer, streaming: bool) -> None:
@@ -259,7 +260,8 @@ class FullAtFirst:
     def more_than(self, offset: int) -> Deferred[int]:
         return succeed(self.size)
 
-    async def send(self, socket: object, start: int, count: int) -> int:
+    async def send(self, socket: object, start: int, count: int, *, in_thread: bool) -> int:
+        self.in_thread.append(in_thread)
         if self._clock.seconds() < 3:
             self._clock.advance(1)
             return 0
@@ -274,3 +276,22 @@ def test_first_byte_is_sent_when_the_socket_takes_it(clock: Clock) -> None:
     ended = Deferred.fromCoroutine(producer.send(0, 5))
     assert ended.called
     assert (producer.sent, producer.first_sent_at) == (5, began + 3)
+
+
+def test_several_transfers_are_sent_by_threads(clock: Clock) -> None:
+    """One alone is not, also after the others have ended."""
+    full: Any = FullAtFirst(clock)
+    limits = SendLimits(PATIENCE, Unsent(clock), Seldom(clock), lambda: True, Requests())
+
+    def send(content: Any) -> Deferred[None]:
+        return Deferred.fromCoroutine(ContentProducer(content, content, 0, limits, clock).send(0, 5))
+
+    slow: Any = FullAtFirst(clock)
+    slow.resume_when_writable = lambda: None
+    waiting = send(slow)
+    assert send(full).called
+    assert full.in_thread == [True] * 4
+    waiting.cancel()
+    waiting.addErrback(lambda failure: failure.trap(CancelledError))
+    assert send(full).called
+    assert full.in_thread == [True] * 4 + [False]
