@@ -1,8 +1,11 @@
-"""Measure hot manifests while 1,000 other images are pulled through the daemon, and `load` brings a list of images.
+"""Measure hot manifests while the daemon does other work.
 
-`python -m bench.hits_beside_load [--rounds N] [--seconds N] [--images N]`. Each round measures wrk alone;
-then while a second daemon, with another store, does that work; then while the same daemon does it. The second tells
-what the work costs anyway by the processor time that it takes from a machine with few cores.
+`python -m bench.hits_beside_load [--rounds N] [--seconds N] [--images N]`. Each round measures wrk alone, and beside
+two kinds of work. The first is that of a site that powers up: its nodes pull 1,000 images that are cached, and `load`
+brings others over the site's link. The second is as much as the daemon can do: 1,000 new images are pulled, and
+`load` brings a list of as many, all from an upstream on this machine. Each is measured while a second daemon, with
+another store, does the work, then while the same daemon does it. The former tells what the work costs anyway by the
+processor time that it takes from a machine with few cores.
 """
 
 from __future__ import annotations
@@ -35,7 +38,17 @@ from tests.upstream import ScriptedRegistry
 CONNECTIONS = 16
 PULLERS = 4
 """Connections that pull images."""
-ALONE, ELSEWHERE, HERE = "alone", "work at another daemon", "work at the same daemon"
+LINK = "100Mbit"
+"""What all upstreams together may bring, a second; small images are not limited by it."""
+LARGE = 4_000_000
+"""Bytes of an image that is loaded over the link."""
+LOADED = 40
+"""Such images: more than the link brings while the hits are measured for ten seconds."""
+LONG_AGO = 3600.0
+"""Seconds since the last pull of each cached image: the time of the next pull is noted in its record."""
+ALONE = "alone"
+CACHED, NEW = "cached images pulled, load over a link of 100 Mbit/s", "new images pulled and loaded"
+ELSEWHERE, HERE = "at another daemon", "at the same daemon"
 
 
 @dataclass
@@ -52,31 +65,54 @@ class Figures:
 
 
 class Work:
-    """Images that are pulled and loaded, each once."""
+    """Images that are pulled and loaded meanwhile."""
 
     def __init__(self, upstream: ScriptedRegistry, folder: Path, images: int) -> None:
         self._upstream = upstream
         self._folder = folder
         self._images = images
         self._number = 0
+        self._cached = self._publish("cached", images)
+        self._large = self._publish("large", LOADED, LARGE)
         self.pulled = 0
 
-    def _publish(self, count: int) -> Mapping[str, Image]:
+    def _publish(self, kind: str, count: int, size: int = 1000) -> Mapping[str, Image]:
         made = {
-            f"work/{self._number + number}": make_image(self._number + number, layers=1) for number in range(count)
+            f"{kind}/{self._number + number}": make_image(self._number + number, layers=1, layer_size=size)
+            for number in range(count)
         }
         self._number += count
         for name, image in made.items():
             self._upstream.add(name, image, "1")
         return made
 
+    def _list(self, images: Mapping[str, Image]) -> Path:
+        path = self._folder / "list"
+        path.write_text("".join(f"{self._upstream.host}/{name}:1\n" for name in images))
+        return path
+
+    def prepare(self, daemon: Daemon) -> None:
+        """Bring the images into the store that are to be cached.
+
+        Raises:
+            CalledProcessError: one was not loaded.
+        """
+        self._run(daemon, "load", str(self._list(self._cached)))
+
+    def _run(self, daemon: Daemon, *command: str) -> None:
+        subprocess.run(_twistd(daemon, *command), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     @contextmanager
-    def at(self, daemon: Daemon, seconds: float) -> Iterator[None]:
-        """Pull all images through the daemon within these seconds, if it can; load as many; stop with the block."""
-        pulled, loaded = self._publish(self._images), self._publish(self._images)
-        listed = self._folder / "list"
-        listed.write_text("".join(f"{self._upstream.host}/{name}:1\n" for name in loaded))
-        common = ["--image-path", str(daemon.image_path), "--config-path", str(daemon.config_path)]
+    def at(self, daemon: Daemon, kind: str, seconds: float) -> Iterator[None]:
+        """Pull 1,000 images through the daemon within these seconds, if it can; load others; stop with the block."""
+        if kind == CACHED:
+            pulled, loaded = self._cached, self._large
+            self._run(daemon, "prune", "--pattern", "/large/")
+            then = time.time() - LONG_AGO
+            for record in (daemon.image_path / "img").iterdir():
+                os.utime(record, (then, then))
+        else:
+            pulled, loaded = self._publish("new", self._images), self._publish("new", self._images)
         self.pulled, ended = 0, threading.Event()
         pullers = [
             threading.Thread(
@@ -85,7 +121,7 @@ class Work:
             for first in range(PULLERS)
         ]
         with (self._folder / "load.log").open("wb") as log:
-            load = subprocess.Popen(twistd(*common, "load", str(listed), options=()), stdout=log, stderr=log)
+            load = subprocess.Popen(_twistd(daemon, "load", str(self._list(loaded))), stdout=log, stderr=log)
             for puller in pullers:
                 puller.start()
             try:
@@ -114,6 +150,11 @@ class Work:
                 self.pulled += 1
 
 
+def _twistd(daemon: Daemon, *command: str) -> list[str]:
+    common = ["--image-path", str(daemon.image_path), "--config-path", str(daemon.config_path)]
+    return twistd(*common, *command, options=())
+
+
 def _records(daemon: Daemon) -> int:
     return len(list((daemon.image_path / "img").iterdir()))
 
@@ -126,12 +167,13 @@ def measure(wrk: Wrk, daemon: Daemon, hot: Mapping[str, tuple[str, Part]], figur
     figures.shares.append((processor_time(daemon.process.pid) - processor) / (time.monotonic() - began))
 
 
-def rounds(folder: Path, count: int, seconds: int, images: int) -> dict[str, Figures]:
-    """Measure all conditions in each round."""
-    found = {condition: Figures() for condition in (ALONE, ELSEWHERE, HERE)}
+def rounds(folder: Path, count: int, seconds: int, images: int) -> dict[tuple[str, str], Figures]:
+    """Measure all conditions in each round: what work is done, and where."""
+    conditions = [(ALONE, ""), *((kind, where) for kind in (CACHED, NEW) for where in (ELSEWHERE, HERE))]
+    found = {condition: Figures() for condition in conditions}
     with ScriptedRegistry() as upstream:
         registries = {upstream.host: "http"}
-        options = ("--log-level", "warn", "--no-complete-images")
+        options = ("--log-level", "warn", "--no-complete-images", "--max-bandwidth", LINK)
         with (
             Daemon(folder, registries, *options, image_path=folder / "measured") as measured,
             Daemon(folder, registries, *options, image_path=folder / "other") as other,
@@ -148,33 +190,38 @@ def rounds(folder: Path, count: int, seconds: int, images: int) -> dict[str, Fig
             }
             wrk, work = Wrk(folder, seconds), Work(upstream, folder, images)
             for daemon in (measured, other):
+                work.prepare(daemon)
                 with closing(connect(daemon.url)) as connection:
                     ask(connection, f"{daemon.url}/v2/hot/manifests/1?ns={upstream.host}")
             for _ in range(count):
-                measure(wrk, measured, hot, found[ALONE])
-                for condition, at in ((ELSEWHERE, other), (HERE, measured)):
-                    before = _records(at)
-                    with work.at(at, len(hot) * seconds):
-                        measure(wrk, measured, hot, found[condition])
-                        found[condition].pulled.append(work.pulled)
-                        found[condition].loaded.append(_records(at) - before - work.pulled)
+                measure(wrk, measured, hot, found[ALONE, ""])
+                for kind, where in conditions[1:]:
+                    at, figures = measured if where == HERE else other, found[kind, where]
+                    with work.at(at, kind, len(hot) * seconds):
+                        before, fetched = _records(at), work.pulled if kind == NEW else 0
+                        measure(wrk, measured, hot, figures)
+                        pulled = work.pulled
+                        figures.pulled.append(pulled)
+                        new = pulled - fetched if kind == NEW else 0
+                        figures.loaded.append(_records(at) - before - new)
     return found
 
 
-def table(found: Mapping[str, Figures]) -> list[str]:
+def table(found: Mapping[tuple[str, str], Figures]) -> list[str]:
     """Format medians; ratios compare figures of the same round."""
     lines = [
         "| | hits a second by tag | ÷ alone | by digest | ÷ alone | processor share | pulled | loaded |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    alone = found[ALONE]
+    alone = found[ALONE, ""]
     for condition, figures in found.items():
         cells = []
         for kind, rates in figures.rates.items():
             ratios = [one / idle for one, idle in zip(rates, alone.rates[kind], strict=True)]
             cells += [f"{median(rates):,.0f}", f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
         counts = [f"{median(values):,.0f}" if values else "-" for values in (figures.pulled, figures.loaded)]
-        lines.append(f"| {' | '.join([condition, *cells, f'{median(figures.shares):.2f}', *counts])} |")
+        share = f"{median(figures.shares):.2f}"
+        lines.append(f"| {' | '.join([' '.join(condition).strip(), *cells, share, *counts])} |")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, time
@@ -20,8 +21,22 @@ SMALLEST_BUFFER = 16 * 1024
 """Bytes of a connection's receive buffer, at least."""
 _LARGEST_BUFFER = 1024 * 1024
 """Bytes of a connection's receive buffer, at most."""
+_PIECE_SECONDS = 0.02
+"""Seconds of the rate that are read at once: reading less takes more of the processor, more makes bursts."""
+_SMALLEST_PIECE = 64 * 1024
+"""Bytes."""
+LARGEST_PIECE = 1024 * 1024
+"""Bytes that are read at once, at most."""
 _LARGEST_SMALL = 64 * 1024
 """Bytes up to which a body is small: it is not delayed."""
+
+
+def set_receive_buffer(connection: socket.socket, size: int) -> None:
+    """Set the size in bytes of the kernel's receive buffer for a TCP connection, and let the window grow with it."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    # Otherwise Linux keeps the window of a smaller buffer, and a distant upstream sends no more in a round trip. The
+    # kernel doubles the size of a buffer.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2 * size)
 
 
 def _local_time() -> time:
@@ -95,6 +110,12 @@ class Bandwidth:
             return None
         each = rate * _BUFFER_SECONDS / max(1, len(self._shares))
         return int(min(max(each, SMALLEST_BUFFER), _LARGEST_BUFFER))
+
+    @property
+    def piece(self) -> int:
+        """The bytes that a large body reads at once, at most."""
+        rate = self.rate
+        return LARGEST_PIECE if rate is None else int(min(max(rate * _PIECE_SECONDS, _SMALLEST_PIECE), LARGEST_PIECE))
 
     def join(self, share: Share) -> None:
         """Add the share of a large body that begins, and divide the receive buffers again."""

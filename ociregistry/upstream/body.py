@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,11 +14,10 @@ from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 
 from ociregistry.errors import Unavailable
+from ociregistry.upstream.bandwidth import set_receive_buffer
 from ociregistry.upstream.failures import explain
 
 _MOST_BUFFERED = 1024 * 1024
-"""Bytes."""
-_LARGE_PIECE = 1024 * 1024
 """Bytes."""
 
 
@@ -114,13 +112,13 @@ class Body(Protocol):
         """Set the size in bytes of the kernel's receive buffer for this connection."""
         connection = self._connection
         if connection is not None:
-            connection.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+            set_receive_buffer(connection.getHandle(), size)
 
-    def receive_large_pieces(self) -> None:
-        """Receive up to 1 MiB at once instead of Twisted's 64 KiB, until the body ends."""
+    def receive_pieces(self, size: int) -> None:
+        """Receive up to `size` bytes at once instead of Twisted's 64 KiB, until the body ends."""
         connection = self._connection
         if connection is not None and self._ended is None:
-            connection.bufferSize = _LARGE_PIECE
+            connection.bufferSize = size
             self._enlarged = connection
 
     @property

@@ -424,9 +424,9 @@ class HttpClient:
         body = Body(self._upstream, self._clock, stalled, partial(self._count, share.consume))
         response.deliverBody(body)
         share.begin(body.set_receive_buffer)
-        if length is not None and self._bandwidth.rate is None:
+        if length is not None:
             # Not a body in chunks, as these can be so small that parsing 1 MiB of them takes long.
-            body.receive_large_pieces()
+            body.receive_pieces(self._bandwidth.piece)
         body.ended.addCallback(lambda _: share.end())
         return body
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import socket
+import sys
 from collections.abc import Callable
 from datetime import time
 
@@ -11,7 +13,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.config.file import Window
 from ociregistry.upstream import bandwidth as module
-from ociregistry.upstream.bandwidth import Bandwidth, BandwidthLimit, Share
+from ociregistry.upstream.bandwidth import SMALLEST_BUFFER, Bandwidth, BandwidthLimit, Share, set_receive_buffer
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -250,3 +252,22 @@ def test_prepaid_bytes_are_not_charged_again(clock: Clock) -> None:
 )
 def test_is_small(length: int | None, small: bool) -> None:
     assert Bandwidth.is_small(length) is small
+
+
+_SEND_WINDOW = slice(228, 232)
+"""Where the member tcpi_snd_wnd of Linux' struct tcp_info is, since 5.4."""
+
+
+def test_distant_upstream_may_send_in_a_round_trip_what_the_receive_buffer_holds() -> None:
+    """Also after a connection began with a small buffer."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALLEST_BUFFER)
+        theirs, _ = server.accept()
+        with theirs:
+            theirs.sendall(bytes(SMALLEST_BUFFER))
+            set_receive_buffer(ours, MIB)
+            for _ in range(100):
+                assert ours.recv(SMALLEST_BUFFER, socket.MSG_WAITALL)
+                theirs.sendall(bytes(SMALLEST_BUFFER))
+            window = theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)[_SEND_WINDOW]
+    assert int.from_bytes(window, sys.byteorder) > MIB // 2

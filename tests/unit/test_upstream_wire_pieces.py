@@ -66,19 +66,29 @@ async def test_large_pieces_end_with_the_body(
     assert connection.bufferSize == TWISTED
 
 
-@pytest.mark.parametrize("why", ["chunked", "limited"])
+@pytest.mark.parametrize(("rate", "size"), [(1000.0, TWISTED), (10e6, 200_000), (1e9, 1024 * 1024)])
 @on_reactor
-async def test_chunked_and_limited_bodies_are_received_as_usual(
-    network: Network, upstream: ScriptedRegistry, why: str
+async def test_pieces_under_a_limit_are_what_it_allows_in_a_fiftieth_of_a_second(
+    network: Network, upstream: ScriptedRegistry, rate: float, size: int
 ) -> None:
     upstream.add("team/app", BUILT, "1")
-    if why == "chunked":
-        upstream.script("/v2/*/blobs/*", NoLength())
     http = network.http(upstream.host)
-    if why == "limited":
-        http._bandwidth.reconfigure(1e9, ())
+    http._bandwidth.reconfigure(rate, ())
     response = await http.send("GET", f"{upstream.url}/v2/team/app/blobs/{LAYER.digest}", {})
-    assert (response.length is None) is (why == "chunked")
+    connection = response.body._connection
+    assert connection is not None
+    assert connection.bufferSize == size
+    response.body.abort()
+    await until(lambda: connection.bufferSize == TWISTED)
+
+
+@on_reactor
+async def test_chunked_body_is_received_as_usual(network: Network, upstream: ScriptedRegistry) -> None:
+    upstream.add("team/app", BUILT, "1")
+    upstream.script("/v2/*/blobs/*", NoLength())
+    http = network.http(upstream.host)
+    response = await http.send("GET", f"{upstream.url}/v2/team/app/blobs/{LAYER.digest}", {})
+    assert response.length is None
     connection = response.body._connection
     assert connection is not None
     assert connection.bufferSize == TWISTED
