@@ -214,12 +214,12 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
     ),
     Definition(
         "ociregistry_store_bytes",
-        "The sizes of all files of the store, found about once a minute; absent until they are known.",
+        "The sizes of all files of the store, found every 5 to 60 s; absent until they are known.",
         _one(lambda s: s.usage.bytes if s.usage is not None else None),
     ),
     Definition(
         "ociregistry_store_blobs",
-        "Whole blobs in the store, counted about once a minute; absent until they are known.",
+        "Whole blobs in the store, counted as often; absent until they are known.",
         _one(lambda s: s.usage.blobs if s.usage is not None else None),
     ),
     Definition(

@@ -20,8 +20,10 @@ from ociregistry.store.threads import Threads
 
 _log = Logger(namespace="ociregistry.store")
 
-_EVERY = 60.0
-"""Seconds from the start of one walk to that of the next, at least."""
+_SOONEST, _LATEST = 5.0, 60.0
+"""Seconds from one walk to the next."""
+_SHARE = 0.001
+"""The share of the time that walks take, unless the next one would begin later than that."""
 _SLICE = 0.1
 """Seconds of one slice of a walk."""
 _REST = 9
@@ -111,12 +113,13 @@ class UsageMeter:
         self._threads = threads
         self._clock = clock
         self._walking: Deferred[Any] = succeed(None)
+        self._due = clock.seconds()
         self._loop = LoopingCall(self._begin)
         self._loop.clock = clock
 
     def start(self) -> None:
         """Begin the first walk."""
-        self._loop.start(_EVERY)
+        self._loop.start(_SOONEST)
 
     def stop(self) -> None:
         """Stop."""
@@ -124,8 +127,8 @@ class UsageMeter:
         self._walking.cancel()
 
     def _begin(self) -> None:
-        """Begin a walk, unless the last one takes so long that it has not ended."""
-        if self._walking.called:
+        """Begin a walk, if the last one has ended and the next one is due."""
+        if self._walking.called and self._clock.seconds() >= self._due:
             self._walking = Deferred.fromCoroutine(self._measure()).addErrback(self._failed)
 
     async def _measure(self) -> None:
@@ -136,12 +139,14 @@ class UsageMeter:
             self.latest = None
 
     async def _walk(self) -> Usage:
-        walk = Walk(self._root, self._clock.seconds)
+        walk, took = Walk(self._root, self._clock.seconds), 0.0
         while True:
-            found, took = await self._threads.read(walk.go_on)
+            found, slice_took = await self._threads.read(walk.go_on)
+            took += slice_took
             if found is not None:
+                self._due = self._clock.seconds() + min(max(took / _SHARE, _SOONEST), _LATEST)
                 return found
-            await deferLater(self._clock, min(_REST * took, _EVERY))
+            await deferLater(self._clock, min(_REST * slice_took, _LATEST))
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):

@@ -87,14 +87,38 @@ def meter(tmp_path: Path, threads: Threads, clock: Clock) -> Iterator[UsageMeter
     meter.stop()
 
 
+@pytest.mark.parametrize(("took", "after"), [(0.0, 5), (0.002, 5), (0.015, 15), (0.058, 60), (30.0, 60)])
 @on_reactor
-async def test_store_is_measured_once_a_minute(meter: UsageMeter, tmp_path: Path, clock: Clock) -> None:
+async def test_store_is_measured_again_the_sooner_the_faster_it_goes(
+    meter: UsageMeter, clock: Clock, monkeypatch: pytest.MonkeyPatch, took: float, after: int
+) -> None:
+    walks = []
+
+    def go_on(self: Walk) -> tuple[Usage | None, float]:
+        walks.append(clock.seconds())
+        return Usage(len(walks), 1), took
+
+    monkeypatch.setattr(Walk, "go_on", go_on)
+    began = clock.seconds()
+    meter.start()
+    for _ in range(after):
+        await until_idle(meter)
+        assert len(walks) == 1
+        clock.advance(1)
+    await until(lambda: meter.latest == Usage(2, 1))
+    assert walks == [began, began + after]
+
+
+@on_reactor
+async def test_change_of_a_small_store_is_known_within_five_seconds(
+    meter: UsageMeter, tmp_path: Path, clock: Clock
+) -> None:
     assert meter.latest is None
     meter.start()
     await until(lambda: meter.latest is not None)
     assert meter.latest == Usage(0, 0)
     (tmp_path / "blobs" / HEX).write_bytes(b"123")
-    clock.advance(59)
+    clock.advance(4)
     await turn()
     assert meter.latest == Usage(0, 0)
     clock.advance(1)
