@@ -1,15 +1,21 @@
-"""The `tls` sections: certificates and keys are read and checked with the configuration, not at the first pull."""
+"""The `tls` sections: certificates and keys are read and checked with the configuration, not at the first pull.
+
+OpenSSL is imported where there are any: that takes a fifth of the start of a command.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from OpenSSL import SSL, crypto
+from typing import TYPE_CHECKING
 
 from ociregistry.config.nodes import Node
-from ociregistry.openssl import Certificates, KeyPair, openssl_context, openssl_reason
+
+if TYPE_CHECKING:
+    from OpenSSL import crypto
+
+    from ociregistry.openssl import Certificates, KeyPair
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\s*", re.DOTALL)
 
@@ -75,6 +81,10 @@ def read_server_tls(node: Node) -> ServerTls:
 
 
 def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
+    from OpenSSL import SSL, crypto
+
+    from ociregistry.openssl import KeyPair, openssl_context, openssl_reason
+
     for name in ("cert", "key"):
         if name not in nodes:
             raise node.missing(f"tls.{name}", "a certificate and its key go together")
@@ -101,10 +111,16 @@ def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
 
 
 def _public(key: crypto.PKey) -> bytes:
+    from OpenSSL import crypto
+
     return crypto.dump_publickey(crypto.FILETYPE_PEM, key)
 
 
 def _certificates(node: Node) -> Certificates:
+    from OpenSSL import crypto
+
+    from ociregistry.openssl import Certificates
+
     path = node.path()
     pems = tuple(_CERTIFICATE.findall(node.contents()))
     if not pems:
