@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -212,10 +211,9 @@ class Daemon(MultiService):
         raise_file_descriptor_limit()
         keep_freed_memory()
         try:
-            with collection_paused():
+            # The index and the program stay: a collection that goes through them finds nothing, and all wait.
+            with collection_paused(for_good=True):
                 super().startService()
-                # The index and the program stay: a collection that goes through them finds nothing, and all wait.
-                gc.freeze()
         except OSError as error:
             self._give_up(unusable_store(self._settings.image_path, error))
         self._maintenance.reconfigure(self._settings.prune, self._settings.verify)

@@ -56,7 +56,7 @@ class List(Command):
 
     def run(self, settings: Settings) -> int:
         """Print the images to stdout, and warnings about unreadable records to stderr."""
-        with collection_paused():
+        with collection_paused(for_good=True):
             snapshot = Snapshot.read(settings.image_path)
             print_unreadable(snapshot.unreadable)
             listed = snapshot.all_rows if self["long"] else snapshot.rows

@@ -15,6 +15,7 @@ from ociregistry.settings import Settings
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
 from ociregistry.store.prune import Choose, Plan, PruneSet, Selection, choose_nothing, planned, prune
+from ociregistry.store.scan import collection_paused
 from ociregistry.store.snapshot import Snapshot
 
 _USUAL_AGE = timedelta(days=1)
@@ -73,12 +74,13 @@ class Prune(Command):
         if not self["dry-run"]:
             become_owner(root)
         would = bool(self["dry-run"])
-        # Also before orphans are removed: what a killed prune left needs its blobs until it is finished.
-        plan = self._prune(root, now)
-        if self.selects or plan.records or plan.rows:
-            print_lines(_of_images(plan, would=would))
-        if self["orphans"]:
-            print_lines(_of_orphans(self._orphans(root, now - self.age), root, would=would))
+        with collection_paused(for_good=True):
+            # Also before orphans are removed: what a killed prune left needs its blobs until it is finished.
+            plan = self._prune(root, now)
+            if self.selects or plan.records or plan.rows:
+                print_lines(_of_images(plan, would=would))
+            if self["orphans"]:
+                print_lines(_of_orphans(self._orphans(root, now - self.age), root, would=would))
         return 0
 
     def _prune(self, root: Path, now: datetime) -> Plan:

@@ -26,7 +26,6 @@ from ociregistry.store.paths import (
     rewritten_record,
 )
 from ociregistry.store.records import Dates, Record, RecordInvalid
-from ociregistry.store.scan import collection_paused
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 from ociregistry.store.workdir import store_locked
 
@@ -255,8 +254,7 @@ def planned(root: Path, choose: Choose) -> Plan:
     Raises:
         OSError: the store cannot be read.
     """
-    with collection_paused():
-        return _chosen(Snapshot.read(root), choose).plan
+    return _chosen(Snapshot.read(root), choose).plan
 
 
 def choose_nothing(snapshot: Snapshot) -> PruneSet:

@@ -148,16 +148,19 @@ def unreadable_lines(files: Mapping[Path, str]) -> Iterator[str]:
 
 
 @contextmanager
-def collection_paused() -> Iterator[None]:
+def collection_paused(*, for_good: bool = False) -> Iterator[None]:
     """Pause Python's garbage collection while all records are read.
 
-    What is read stays, so going through it again and again would find nothing and take half of the time.
+    What is read stays, so going through it again and again would find nothing and take half of the time. With
+    `for_good`, what is there at the end stays until the process ends, and is never gone through, not even then.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if for_good:
+            gc.freeze()
         if enabled:
             gc.enable()
 

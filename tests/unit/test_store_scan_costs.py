@@ -6,7 +6,7 @@ import gc
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from twisted.internet.task import Clock
 
 import ociregistry.commands.list
+import ociregistry.commands.prune
 import ociregistry.manifests
 import ociregistry.store.records
 from ociregistry.manifests import OCI_MANIFEST, Manifest
@@ -22,10 +23,8 @@ from ociregistry.store import records as recordfiles
 from ociregistry.store import scan
 from ociregistry.store.blobs import BlobFolder
 from ociregistry.store.index import Entry
-from ociregistry.store.prune import PruneSet, planned
 from ociregistry.store.records import Record
 from ociregistry.store.scan import ForeignFiles, ScanResult, Signature, scan_changes
-from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.archives import to_json
@@ -205,18 +204,16 @@ def test_commands_that_read_the_store_and_end_collect_no_garbage(
     put_many(store_dir, 1)
     enabled: list[bool] = []
 
-    def choose(snapshot: Snapshot) -> PruneSet:
-        enabled.append(gc.isenabled())
-        return PruneSet(snapshot)
+    def printed(lines: Iterable[str]) -> None:
+        enabled.extend(gc.isenabled() for _ in lines)
 
-    def pending(root: Path) -> frozenset[Digest]:
-        enabled.append(gc.isenabled())
-        return frozenset()
-
-    planned(store_dir.root, choose)
-    monkeypatch.setattr(ociregistry.commands.list, "pending_images", pending)
-    assert run(capfd, "--image-path", store_dir.root, "list").status == 0
-    assert (enabled, gc.isenabled()) == ([False, False], True)
+    for module in (ociregistry.commands.list, ociregistry.commands.prune):
+        monkeypatch.setattr(module, "print_lines", printed)
+    for command in (["list"], ["prune", "--pattern", ".", "--dry-run"]):
+        kept = gc.get_freeze_count()
+        assert run(capfd, "--image-path", store_dir.root, *command).status == 0
+        assert gc.get_freeze_count() > kept
+    assert (enabled, gc.isenabled()) == ([False] * 3, True)
 
 
 # Commands
