@@ -96,8 +96,10 @@ class Line:
     @cached_property
     def _descendants(self) -> list[Manifest]:
         """The image itself, or the images of an index."""
-        digests = {self._manifest.digest} | self._snapshot.index.descendants(self._manifest.digest)
-        manifests = [self._snapshot.records[digest].manifest for digest in digests]
+        if not self._manifest.is_list:
+            return [self._manifest]
+        below = self._snapshot.index.descendants(self._manifest.digest)
+        manifests = (self._snapshot.records[digest].manifest for digest in below)
         return [manifest for manifest in manifests if not manifest.is_list]
 
     @property
@@ -129,7 +131,7 @@ class Line:
     @property
     def marks(self) -> tuple[str, ...]:
         """What is to be said about the image where --long does not: that nothing of an index can be pulled."""
-        return (_NO_IMAGE,) if self._why_not_complete == _NO_IMAGE else ()
+        return (_NO_IMAGE,) if self._manifest.is_list and self._why_not_complete == _NO_IMAGE else ()
 
     @property
     def more_columns(self) -> tuple[str, ...]:

@@ -307,7 +307,7 @@ def _reached(start: Digest, following: Callable[[Digest], Iterable[Digest]]) -> 
     found: set[Digest] = set()
     ahead = [start]
     while ahead:
-        new = set(following(ahead.pop())) - found
-        found |= new
+        new = [one for one in following(ahead.pop()) if one not in found]
+        found.update(new)
         ahead += new
     return found

@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.concurrency import SingleFlight
-from ociregistry.names import Digest, ImageReference
+from ociregistry.names import Digest, by_digest
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import digest_of
 from ociregistry.store.scan import UNREAD, IndexRefresh, Signature
@@ -86,7 +86,7 @@ def _images(
         tagged_only = is_metadata(digest)
         created: dict[str, datetime] = {}
         for noted, dates in entry.images.items():
-            url = noted if index.meaning(noted) == digest else _by_digest(noted, digest)
+            url = noted if index.meaning(noted) == digest else by_digest(noted, digest)
             if not tagged_only or "@" not in url:
                 created[url] = min(dates.created, created.get(url, dates.created))
         if not created:
@@ -98,10 +98,6 @@ def _images(
         last = datetime.fromtimestamp(max(noted_pulls) / 1e9, UTC) if noted_pulls else now
         for url, since in created.items():
             yield ListedImage(url, entry.is_list, size, min(since, now), min(last, now), images)
-
-
-def _by_digest(noted: str, digest: Digest) -> str:
-    return str(ImageReference(ImageReference.parse_whole(noted).repository, digest))
 
 
 class Images:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from ociregistry.manifests import Manifest
-from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.names import Digest, by_digest, repository_of
 from ociregistry.store.files import Files, is_full, note_time, read_regular, restore_time
 from ociregistry.store.index import newest
 from ociregistry.store.paths import (
@@ -112,11 +112,11 @@ class PruneSet:
             return
         if self._index.meaning(noted) == digest:
             for stale in self._index.claimants(noted) - {digest}:
-                self._rename(stale, noted, _by_digest(noted, stale))
+                self._rename(stale, noted, by_digest(noted, stale))
         if not images:
             self.gone[digest] = self._snapshot.records[digest]
-        repository = _repository(noted)
-        if not any(_repository(other) == repository for other in images):
+        repository = repository_of(noted)
+        if not any(repository_of(other) == repository for other in images):
             for child in self._index.children(digest):
                 self._leave(child, repository)
 
@@ -127,20 +127,20 @@ class PruneSet:
             known = images.get(url, dates)
             images[url] = Dates(min(known.created, dates.created), max(known.confirmed, dates.confirmed))
 
-    def _leave(self, digest: Digest, repository: Repository) -> None:
+    def _leave(self, digest: Digest, repository: str) -> None:
         """Remove the image URL by digest of a child from `repository`, if no index with it is left there.
 
         If this is the child's only image URL, and an index with it is in another repository, the URL is moved there.
         A child that an unreadable file mentions keeps its URLs.
         """
-        images, noted = self._noted(digest), str(ImageReference(repository, digest))
+        images, noted = self._noted(digest), f"{repository}@{digest}"
         if noted not in images or digest.hex in self._snapshot.mentioned:
             return
-        others = [_repository(url) for index in self._index.parents(digest) for url in self._noted(index)]
+        others = [repository_of(url) for index in self._index.parents(digest) for url in self._noted(index)]
         if repository in others:
             return
         if others and len(images) == 1:
-            self._rename(digest, noted, str(ImageReference(min(others), digest)))
+            self._rename(digest, noted, f"{min(others)}@{digest}")
         else:
             self._drop(digest, noted)
 
@@ -201,7 +201,7 @@ class PruneSet:
             for noted, dates in stored.record.images.items():
                 meaning = self._index.meaning(noted)
                 back = meaning is not None and meaning != digest and noted not in self._noted(meaning)
-                images[_by_digest(noted, digest) if back else noted] = dates
+                images[by_digest(noted, digest) if back else noted] = dates
             if images.keys() != stored.record.images.keys():
                 yield stored, replace(stored.record, images=images)
 
@@ -238,14 +238,6 @@ class PruneSet:
 
 def _all_of(own: Mapping[Digest, Mapping[Digest, int]], records: Iterable[StoredRecord]) -> Mapping[Digest, int]:
     return {blob: size for stored in records for blob, size in own[stored.manifest.digest].items()}
-
-
-def _repository(noted: str) -> Repository:
-    return ImageReference.parse_whole(noted).repository
-
-
-def _by_digest(noted: str, digest: Digest) -> str:
-    return str(ImageReference(_repository(noted), digest))
 
 
 def planned(root: Path, choose: Choose) -> Plan:
@@ -290,7 +282,7 @@ def _unfinished(snapshot: Snapshot) -> Iterator[StoredRecord]:
         images = (snapshot.records.get(child.digest) for child in record.manifest.children)
         if not any(image is not None and image.pulled.timestamp() > status.st_ctime for image in images):
             pulled = datetime.fromtimestamp(status.st_mtime, UTC)
-            yield StoredRecord(record, path, pulled, status.st_size)
+            yield StoredRecord(record, str(path), pulled, status.st_size)
 
 
 def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None) -> Plan:

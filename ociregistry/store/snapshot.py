@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from ociregistry.manifests import Manifest
-from ociregistry.names import Digest, ImageReference
+from ociregistry.names import Digest, by_digest
 from ociregistry.store.blobs import missing_blobs, size_of_blob
 from ociregistry.store.files import is_of_the_file, reason
 from ociregistry.store.index import Entry, Index
@@ -22,15 +24,20 @@ _MOST_SEARCHED = 256 * 1024 * 1024
 """Bytes at the start of a file that is not a record, in which digests are searched for."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRecord:
+class StoredRecord(NamedTuple):
     """A record with its file and the time of its last pull."""
 
     record: Record
-    path: Path
+    file: str
+    """Path of the file. As text: with tens of thousands of records, making a Path for each takes longer."""
     pulled: datetime
     size: int
     """Size of the file in bytes."""
+
+    @property
+    def path(self) -> Path:
+        """Path of the file."""
+        return Path(self.file)
 
     @property
     def manifest(self) -> Manifest:
@@ -38,26 +45,20 @@ class StoredRecord:
         return self.record.manifest
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """An image URL of a record."""
 
-    image: ImageReference
-    """The reference by which it can be pulled: by digest where a noted tag means another manifest by now."""
+    url: str
+    """The image URL by which it can be pulled: by digest where a noted tag means another manifest by now."""
     notes: tuple[str, ...]
     """The image URLs as the record notes them, which this row stands for."""
     dates: Dates
     stored: StoredRecord
 
     @property
-    def url(self) -> str:
-        """The image URL by which it can be pulled."""
-        return str(self.image)
-
-    @property
     def has_tag(self) -> bool:
         """Whether it can be pulled by a tag."""
-        return not isinstance(self.image.reference, Digest)
+        return "@" not in self.url
 
 
 class Snapshot:
@@ -87,7 +88,9 @@ class Snapshot:
         self._invalid: dict[str, tuple[Signature, str, frozenset[str]]] = {}
         """File that is no record -> its signature when it was read, what is wrong with it, the digests in it."""
         self._wanted: dict[Digest, bool] = {}
+        self._missing: dict[Digest, Mapping[Digest, int]] = {}
         self._rows: tuple[Row, ...] | None = None
+        self._all_rows: tuple[Row, ...] | None = None
 
     @classmethod
     def read(cls, root: Path, now: datetime | None = None) -> Snapshot:
@@ -117,7 +120,7 @@ class Snapshot:
             if isinstance(found, Record):
                 signature = self._signatures[path] = seen[path]
                 pulled = datetime.fromtimestamp(signature[2] / 1e9, UTC)
-                self.put(StoredRecord(found, Path(path), pulled, signature[1]))
+                self.put(StoredRecord(found, path, pulled, signature[1]))
                 continue
             signature = seen.pop(path)
             if isinstance(found, FileNotFoundError):
@@ -138,7 +141,8 @@ class Snapshot:
         self.unknown = tuple(unknown)
         self.mentioned = frozenset(digest for _, _, digests in self._invalid.values() for digest in digests)
         self._wanted.clear()
-        self._rows = None
+        self._missing.clear()
+        self._rows = self._all_rows = None
 
     def put(self, stored: StoredRecord) -> None:
         """Add a record, or replace an earlier one with the same digest."""
@@ -150,7 +154,7 @@ class Snapshot:
         del self._signatures[path]
         digest = digest_of(path)
         stored = self._records.get(digest)
-        if stored is not None and str(stored.path) == path:
+        if stored is not None and stored.file == path:
             del self._records[digest]
             self.index.drop(digest)
 
@@ -162,28 +166,27 @@ class Snapshot:
     @property
     def rows(self) -> tuple[Row, ...]:
         """Every image URL, sorted, without the URLs by digest of images that are kept as metadata alone. Blocks."""
-        return tuple(row for row in self.all_rows if row.has_tag or not self.is_metadata(row.stored.manifest.digest))
+        if self._rows is None:
+            rows = self.all_rows
+            self._rows = tuple(row for row in rows if row.has_tag or not self.is_metadata(row.stored.manifest.digest))
+        return self._rows
 
     @property
     def all_rows(self) -> tuple[Row, ...]:
         """Every image URL, sorted."""
-        if self._rows is None:
-            self._rows = tuple(sorted(self._make_rows(), key=lambda row: row.url))
-        return self._rows
+        if self._all_rows is None:
+            self._all_rows = tuple(sorted(self._make_rows(), key=attrgetter("url")))
+        return self._all_rows
 
     def _make_rows(self) -> Iterator[Row]:
         for digest, stored in self._records.items():
-            notes: dict[ImageReference, dict[str, Dates]] = {}
-            for noted, dates in stored.record.images.items():
-                notes.setdefault(self._pullable(noted, digest), {})[noted] = dates
-            for image, noted_dates in notes.items():
-                first = min(one.created for one in noted_dates.values())
-                last = max(one.confirmed for one in noted_dates.values())
-                yield Row(image, tuple(noted_dates), noted_dates.get(str(image), Dates(first, last)), stored)
-
-    def _pullable(self, noted: str, digest: Digest) -> ImageReference:
-        image = ImageReference.parse_whole(noted)
-        return image if self.index.meaning(noted) == digest else ImageReference(image.repository, digest)
+            images = stored.record.images
+            notes: dict[str, tuple[str, ...]] = {}
+            for noted in images:
+                url = noted if self.index.meaning(noted) == digest else by_digest(noted, digest)
+                notes[url] = (*notes.get(url, ()), noted)
+            for url, of_url in notes.items():
+                yield Row(url, of_url, images.get(url) or _merged([images[noted] for noted in of_url]), stored)
 
     def is_metadata(self, digest: Digest) -> bool:
         """Tell whether an image is here only because an index names it: its layers are not wanted. Blocks."""
@@ -220,16 +223,34 @@ class Snapshot:
 
     def missing(self, digest: Digest) -> Mapping[Digest, int]:
         """Return the required blobs that the image `digest` lacks, with their sizes in bytes. Blocks."""
-        return missing_blobs(self._blobs, self.records[digest].manifest.required)
+        if digest not in self._missing:
+            self._missing[digest] = missing_blobs(self._blobs, self.records[digest].manifest.required)
+        return self._missing[digest]
 
     def missing_foreign(self, digest: Digest) -> Mapping[Digest, int]:
         """Return the foreign layers that the image `digest` lacks, with their sizes in bytes. Blocks."""
         return missing_blobs(self._blobs, self.records[digest].manifest.foreign_layers)
 
+    def blobs(self) -> Set[Digest]:
+        """Return the blobs after which files in the store are named. Blocks.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        try:
+            names = os.listdir(self._blobs)
+        except FileNotFoundError:
+            return frozenset()
+        return {digest for name in names if (digest := Digest.from_hex(name)) is not None}
+
     def blob_size(self, digest: Digest) -> int | None:
         """Return the size of a blob in bytes, or None if it is missing. Blocks."""
         # A path as text: making a Path takes longer than the stat.
         return size_of_blob(f"{self._blobs}/{digest.hex}")
+
+
+def _merged(dates: Sequence[Dates]) -> Dates:
+    return Dates(min(one.created for one in dates), max(one.confirmed for one in dates))
 
 
 def _mentioned(path: Path) -> frozenset[str]:

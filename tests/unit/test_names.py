@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ociregistry.errors import DigestInvalid, ManifestUnknown, NameInvalid, RegistryError
-from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream, parse_reference
+from ociregistry.names import (
+    DOCKER_HUB,
+    Digest,
+    ImageReference,
+    Repository,
+    Tag,
+    Upstream,
+    by_digest,
+    parse_reference,
+    repository_of,
+)
 
 HUB = Upstream(DOCKER_HUB)
 HEX = "0123456789abcdef" * 4
@@ -248,6 +258,14 @@ def test_image_urls_round_trip(host: str, path: str, text: str) -> None:
     assert again == image
     assert type(again.reference) is type(image.reference)
     assert str(again) == str(image)
+
+
+@given(HOSTS, PATHS, TAGS | DIGESTS)
+def test_repository_is_found_in_an_image_url(host: str, path: str, text: str) -> None:
+    image = ImageReference(Repository.at(Upstream.parse(host), path), parse_reference(text))
+    digest = Digest.parse(SHA256)
+    assert repository_of(str(image)) == str(image.repository)
+    assert by_digest(str(image), digest) == str(ImageReference(image.repository, digest))
 
 
 def test_image_url_is_normalized() -> None:

@@ -181,7 +181,7 @@ def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) ->
     for manifest, shorts, pulled in records:
         stored = StoredRecord(
             Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}, wanted=True),
-            record_path(root, manifest.digest, is_list=manifest.is_list),
+            str(record_path(root, manifest.digest, is_list=manifest.is_list)),
             pulled,
             1000,
         )
