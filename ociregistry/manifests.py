@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ociregistry.errors import RegistryError
-from ociregistry.names import Digest
+from ociregistry.names import DIGEST, Digest
 from ociregistry.strictjson import parse_json
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -110,12 +111,25 @@ class Descriptor(NamedTuple):
         return spell_platform(self.platform, self.os_version)
 
     @classmethod
-    def parse(cls, value: object) -> Descriptor:
+    def parse(cls, value: Any) -> Descriptor:
         """Parse a descriptor from a decoded JSON `value`.
 
         Raises:
             ManifestInvalid: it is malformed.
         """
+        try:
+            text, size, media_type = value["digest"], value["size"], value["mediaType"]
+            usual = _USUAL.get(media_type)
+        except (KeyError, TypeError):
+            return cls._parse_any(value)
+        if len(value) == 3 and type(size) is int and size >= 0 and type(text) is str and DIGEST.fullmatch(text):
+            # As most are, of a hundred thousand in a store: this takes a third less time.
+            media_type = usual or canonical_media_type(media_type)
+            return tuple.__new__(cls, (Digest(text), size, media_type, "", False, ""))
+        return cls._parse_any(value)
+
+    @classmethod
+    def _parse_any(cls, value: object) -> Descriptor:
         if not isinstance(value, dict):
             raise ManifestInvalid(f"a descriptor is not an object: {_short(value)}")
         size = value.get("size")
@@ -125,15 +139,8 @@ class Descriptor(NamedTuple):
             digest = Digest.parse(str(value.get("digest")))
         except RegistryError as error:
             raise ManifestInvalid(error.message) from None
-        media_type, platform, urls = (
-            canonical_media_type(value.get("mediaType")),
-            value.get("platform"),
-            value.get("urls"),
-        )
-        if not platform and not urls:
-            # As of most layers.
-            return cls(digest, size, media_type)
-        return cls(digest, size, media_type, _platform(platform), bool(urls), _os_version(platform))
+        media_type, platform = canonical_media_type(value.get("mediaType")), value.get("platform")
+        return cls(digest, size, media_type, _platform(platform), bool(value.get("urls")), _os_version(platform))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +221,9 @@ class Manifest:
             return cls(digest, media_type, data, tuple(_descriptors(document, "manifests")), ())
         if "manifests" in document or "fsLayers" in document:
             raise ManifestInvalid("an image manifest must not have manifests or fsLayers")
-        config = Descriptor.parse(document.get("config"))._replace(foreign=False)
+        config = Descriptor.parse(document.get("config"))
+        if config.foreign:
+            config = config._replace(foreign=False)
         return cls(digest, media_type, data, (), (config, *_descriptors(document, "layers")))
 
 
@@ -261,7 +270,12 @@ def _os_version(value: object) -> str:
 def _platform(value: object) -> str:
     if not isinstance(value, dict):
         return ""
-    os, architecture, variant = (str(value.get(key) or "")[:64] for key in ("os", "architecture", "variant"))
+    return _spelled(*(str(value.get(key) or "")[:64] for key in ("os", "architecture", "variant")))
+
+
+# All indexes of a store name few platforms.
+@lru_cache(maxsize=128)
+def _spelled(os: str, architecture: str, variant: str) -> str:
     if architecture and not os:
         # As containerd does, which takes the system that it runs on.
         os = "linux"
