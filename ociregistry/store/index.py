@@ -255,6 +255,11 @@ class Index:
         naming = self._naming.get(blob, {})
         return naming if isinstance(naming, dict) else {naming: self._entries[naming].blobs[blob]}
 
+    def named_only_by(self, blob: Digest, manifests: Set[Digest]) -> bool:
+        """Tell whether no other manifest than these names `blob`."""
+        naming = self._naming.get(blob, {})
+        return naming.keys() <= manifests if isinstance(naming, dict) else naming in manifests
+
     def gives(self, blob: Digest, size: int) -> bool:
         """Tell whether a manifest gives `blob` this size in bytes."""
         naming = self._naming.get(blob, {})

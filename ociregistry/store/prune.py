@@ -175,13 +175,14 @@ class PruneSet:
         return digest in self._images and not self._images[digest].keys() & {*row.notes, row.url}
 
     def _unnamed(self) -> set[Digest]:
-        """Return the blobs that no record will name."""
-        blobs = {blob.digest for stored in self.gone.values() for blob in stored.manifest.blobs}
-        return {
-            blob
-            for blob in blobs
-            if self._index.naming(blob).keys() <= self.gone.keys() and blob.hex not in self._snapshot.mentioned
-        }
+        """Return the blobs in the store that no record will name."""
+        if not self.gone:
+            return set()
+        named = {blob.digest for stored in self.gone.values() for blob in stored.manifest.blobs}
+        # Of an index's other platforms, most are not there, and to look for each blob would take longer.
+        there = self._snapshot.blobs() & named
+        gone, mentioned = self.gone.keys(), self._snapshot.mentioned
+        return {blob for blob in there if self._index.named_only_by(blob, gone) and blob.hex not in mentioned}
 
     def _sizes(self, manifest: Manifest, blobs: Set[Digest]) -> dict[Digest, int]:
         """Return those of `blobs` that `manifest` names and the store has, with their sizes in bytes."""

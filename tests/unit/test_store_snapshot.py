@@ -114,6 +114,15 @@ def test_missing_and_partly_copied_blobs(store_dir: StoreDir) -> None:
     assert [store_dir.snapshot().blob_size(Digest.of(data)) for data in (b"half", b"nothing")] == [2, None]
 
 
+def test_blobs_are_the_files_that_are_named_after_digests(store_dir: StoreDir) -> None:
+    store_dir.blobs(b"one")
+    store_dir.blob(b"one").with_name(".syncthing.one").touch()
+    snapshot = store_dir.snapshot()
+    assert snapshot.blobs() == {Digest.of(b"one")}
+    shutil.rmtree(store_dir.root / "blobs")
+    assert snapshot.blobs() == frozenset()
+
+
 FOREIGN = b'{"type": 3, "digest": "%s", "v1.oci.manifest": {"layers": [{"digest": "sha256:%s"}]}}'
 
 
