@@ -419,8 +419,9 @@ def is_wanted(record: Record, blobs: Path) -> bool:
     """
     if record.wanted or (record.wanted is None and record.has_tag):
         return True
-    layers = record.manifest.required.keys() - {config.digest for config in record.manifest.blobs[:1]}
+    config = {blob.digest for blob in record.manifest.blobs[:1]}
+    layers = (blob.digest for blob in record.manifest.blobs if not blob.foreign and blob.digest not in config)
     here = (size_of_blob(f"{blobs}/{layer.hex}") is not None for layer in layers)
     if record.wanted is None:
-        return not layers or any(here)
-    return bool(layers) and all(here)
+        return next(here, True) or any(here)
+    return next(here, False) and all(here)

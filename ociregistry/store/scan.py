@@ -209,8 +209,8 @@ class ScanResult:
     """The differences that a scan of the folders found from what was known. Paths are text."""
 
     seen: Mapping[str, Signature]
-    read: Mapping[str, Entry] = field(default_factory=dict)
-    """The new and changed records."""
+    read: Mapping[str, tuple[Digest, Entry]] = field(default_factory=dict)
+    """Path -> digest and entry, for new and changed records."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Path -> reason, for new or changed files that are not records of this program."""
     damaged: frozenset[str] = frozenset()
@@ -236,13 +236,13 @@ def scan_changes(
     # What is gone is made anew by `Folders`, and counts as empty until then; the store may be there again by now.
     with suppress(FileNotFoundError):
         seen = look(root, known, foreign, missing_ok=True)
-    read: dict[str, Entry] = {}
+    read: dict[str, tuple[Digest, Entry]] = {}
     unreadable: dict[str, str] = {}
     damaged: set[str] = set()
     blobs_at = blobs_folder(root)
     for path, found in read_changed(seen, known):
         if isinstance(found, Record):
-            read[path] = Entry.of(found, wanted=is_wanted(found, blobs_at))
+            read[path] = found.manifest.digest, Entry.of(found, wanted=is_wanted(found, blobs_at))
         elif isinstance(found, FileNotFoundError):
             del seen[path]
         elif isinstance(found, OSError):
@@ -387,9 +387,9 @@ class IndexRefresh:
         self._unreadable |= result.unreadable
         damaged = (self.damaged - result.unreadable.keys()) & self._unreadable.keys()
         self.damaged = damaged | result.damaged
-        for path, entry in result.read.items():
+        for path, (digest, entry) in result.read.items():
             if path not in self._newer:
-                self._put(digest_of(path), entry)
+                self._put(digest, entry)
         self._known = result.seen
         if result.blobs_gone:
             self.on_blobs_gone(result.blobs_gone)

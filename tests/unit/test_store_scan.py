@@ -112,7 +112,7 @@ def test_scan_finds_changed_records(
     # The length stays the same: one single-letter tag is replaced by another.
     write(path, Record(IMAGE, {"docker.io/library/nginx:2": record.images[str(NGINX)]}).render())
     changed = scanned(tmp_path, known)
-    assert changed.read[str(path)].images == {"docker.io/library/nginx:2": Dates(NOW, NOW)}
+    assert changed.read[str(path)][1].images == {"docker.io/library/nginx:2": Dates(NOW, NOW)}
     assert scanned(tmp_path, changed).read == {}
 
 
