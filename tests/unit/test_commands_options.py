@@ -240,3 +240,17 @@ def test_exit_status_of_command(
     monkeypatch.setattr(List, "run", lambda command, settings: status)
     assert run(capfd, "list").status == status
     assert run(capfd, "--list-cache").status == status
+
+
+IMPORTED = """
+import sys
+from ociregistry import tap
+from ociregistry.commands import list, prune
+sys.exit("OpenSSL" in sys.modules)
+"""
+
+
+def test_commands_import_no_openssl_without_certificates() -> None:
+    """It takes a fifth of the start of a command."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", IMPORTED], env=environment, timeout=60, check=False).returncode == 0
