@@ -91,14 +91,22 @@ def send_resident(file: SharedFile, offset: int, count: int, to: int) -> int:
 
 
 def send_for_a_turn(to: int, descriptor: int, offset: int, count: int) -> int:
-    """Send bytes as `send_written` does, as long as the client is fast, but not for long. Blocks."""
-    sent = taken = send_written(to, descriptor, offset, min(count, SLICE))
+    """Send bytes as `send_written` does, as long as the client is fast, but not for long. Blocks.
+
+    After the first `SLICE` it sends only what is in memory.
+    """
+    known = min(count, SLICE)
+    sent = taken = send_written(to, descriptor, offset, known)
     ends = time.monotonic() + _TURN_SECONDS
     writable = select.poll()
     writable.register(to, select.POLLOUT)
     while taken >= _FAST and sent < count and time.monotonic() < ends and writable.poll(_WAIT):
         try:
-            taken = send_file(to, descriptor, offset + sent, min(count - sent, SLICE))
+            if sent == known:
+                known = min(count, sent + SLICE)
+                if not is_resident(descriptor, offset + sent, known - sent):
+                    break
+            taken = send_file(to, descriptor, offset + sent, known - sent)
         except (EOFError, OSError):
             # The next turn begins with it, and fails.
             break

@@ -205,7 +205,8 @@ class Threads:
         """Send at most `count` of the bytes at `offset` of `file`, opened at `path`, to the socket `to`.
 
         If the kernel has them in memory the Deferred has fired already; with `in_thread`, a thread sends
-        them, one for each core at once. Other bytes are sent by one of the threads that may wait for the disk.
+        them, one for each core at once. Other bytes are sent by one of the threads that may wait for the disk. While
+        that does not answer, no thread is asked to send what is in memory.
 
         Threads send to a duplicate of the socket: the connection may be closed meanwhile, and its number be used for
         another one. The Deferred gives the number of bytes that were sent, 0 if the socket takes none at present.
@@ -214,20 +215,35 @@ class Threads:
             EOFError: through the Deferred: the file ends at `offset`.
             OSError: the bytes cannot be read, or the connection is lost; through the Deferred if a thread sends them.
         """
-        count = min(count, TURN if in_thread else SLICE)
-        if not is_resident(file.fileno(), offset, count):
-            return self._send(file, path, offset, min(count, SLICE), to)
-        if in_thread:
-            return self._turns.run(self._send, file, path, offset, count, to)
-        return execute(send_file, to, file.fileno(), offset, count)
+        first = min(count, SLICE)
+        if not is_resident(file.fileno(), offset, first):
+            return self._submit(self._sending(file, path, offset, first, to))
+        if in_thread and self._answers:
+            return self._turns.run(self._take_turn, file, path, offset, min(count, TURN), to)
+        return execute(send_file, to, file.fileno(), offset, first)
 
-    def _send(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
+    def _take_turn(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
+        """Send in a thread at once; send nothing if the disk may be needed by now, so that the caller asks again."""
+        if not (self._answers and is_resident(file.fileno(), offset, min(count, SLICE))):
+            return succeed(0)
+        job = self._sending(file, path, offset, count, to)
+        job.result = Deferred(lambda _: self._cancelled(job))
+        # What waits for the disk must not hold up the turns of others.
+        self._begin(job)
+        return job.result
+
+    def _sending(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> _Read:
         socket, descriptor = SocketCopy(to), file.fileno()
-        return self.read_file(
-            path,
-            lambda: send_for_a_turn(socket.fileno(), descriptor, offset, count),
+        return _Read(
+            path=path,
+            work=lambda: send_for_a_turn(socket.fileno(), descriptor, offset, count),
             leases=(file.lease(), socket),
         )
+
+    @property
+    def _answers(self) -> bool:
+        """Whether no read of a file is slow."""
+        return not any(job.path is not None and job.seconds >= _SLOW for job in self._reads)
 
     def close(self, descriptor: int) -> None:
         """Close a file in a thread: if it was removed, its space is freed then, for which gigabytes take a second."""

@@ -24,6 +24,8 @@ _LARGEST_PIECE = 256 * 1024
 """Bytes per write: large enough to make the work per write negligible."""
 _SMALLEST_PIECE = 16 * 1024
 """Bytes per write where memory is scarce."""
+_FAST = 512 * 1024
+"""Bytes that a client takes at once if a thread is to send to it: for less, a thread costs several times as much."""
 
 SLOWEST = 60.0
 """Seconds for which a client may take nothing."""
@@ -105,6 +107,8 @@ class ContentProducer:
         self._patience = limits.patience
         self._unsent = limits.unsent
         self._transfers = limits.transfers
+        self._is_fast = False
+        """Whether the client took much when bytes of a file were last sent to it."""
         self._clock = clock
         self._paused = False
         self._dropped = False
@@ -160,7 +164,10 @@ class ContentProducer:
         if socket is None:
             raise ClientGone("the connection is lost")
         with self._channel.whole_packets():
-            return await content.send(socket, start, count, in_thread=len(self._transfers) > 1)
+            in_thread = self._is_fast and len(self._transfers) > 1
+            sent = await content.send(socket, start, count, in_thread=in_thread)
+        self._is_fast = sent >= _FAST
+        return sent
 
     async def _write(self, start: int, count: int) -> int:
         data = await self._content.read(start, count)

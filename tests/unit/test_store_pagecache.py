@@ -163,8 +163,11 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def turn(monkeypatch: pytest.MonkeyPatch, to: socket.socket, takes: Takes, most: int = TURN) -> int:
-    """Send to a socket that takes so many bytes."""
+def turn(
+    monkeypatch: pytest.MonkeyPatch, to: socket.socket, takes: Takes, most: int = TURN, resident: int = 2 * TURN
+) -> int:
+    """Send to a socket that takes so many bytes, from a file that is in memory up to the offset `resident`."""
+    monkeypatch.setattr(pagecache, "is_resident", lambda _, offset, count: offset + count <= resident)
     monkeypatch.setattr(pagecache, "send_file", takes)
     monkeypatch.setattr(pagecache, "send_written", takes)
     return send_for_a_turn(to.fileno(), -1, 7, most)
@@ -174,9 +177,9 @@ Pair = tuple[socket.socket, socket.socket]
 
 
 def test_turn_goes_on_while_the_client_is_fast(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    takes = Takes(SLICE, 100_000, SLICE, 5)
-    assert turn(monkeypatch, pair[0], takes, 2 * SLICE + 100_005) == 2 * SLICE + 100_005
-    assert takes.asked == [(7, SLICE), (7 + SLICE, SLICE), (100_007 + SLICE, SLICE), (100_007 + 2 * SLICE, 5)]
+    takes = Takes(SLICE, 100_000, SLICE - 100_000, 5)
+    assert turn(monkeypatch, pair[0], takes, 2 * SLICE + 5) == 2 * SLICE + 5
+    assert takes.asked == [(7, SLICE), (7 + SLICE, SLICE), (100_007 + SLICE, SLICE - 100_000), (7 + 2 * SLICE, 5)]
 
 
 @pytest.mark.parametrize("taken", [0, 5000])
@@ -190,6 +193,14 @@ def test_turn_ends_when_the_client_takes_no_more(pair: Pair, monkeypatch: pytest
         while True:
             pair[0].send(bytes(65536))
     assert turn(monkeypatch, pair[0], Takes(SLICE)) == SLICE
+
+
+def test_turn_sends_no_second_slice_that_must_be_read_from_the_disk(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is the caller's to look for: it may be read as well."""
+    assert turn(monkeypatch, pair[0], Takes(100_000, SLICE - 100_000), resident=0) == SLICE
+    assert turn(monkeypatch, pair[0], Takes(SLICE, SLICE), resident=7 + 3 * SLICE - 1) == 2 * SLICE
 
 
 def test_turn_ends_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,13 +203,13 @@ async def test_threads_that_send_are_as_many_as_the_cores(
     file = open_regular(path)
     monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: True)
     monkeypatch.setattr(ociregistry.store.threads, "send_for_a_turn", lambda *_: len(disk.read()))
-    cores = len(os.sched_getaffinity(0))
+    cores = min(len(os.sched_getaffinity(0)), 4)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         before = open_descriptors()
         sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=True) for _ in range(cores + 3)]
-        await until(lambda: disk.began == min(cores, 2))
-        assert open_descriptors() - before == min(cores, 4)
+        await until(lambda: disk.began == cores)
+        assert open_descriptors() - before == cores
         assert await threads.send_at(file, path, 0, 7, ours.fileno()) == 7
         assert theirs.recv(100) == b"content"
         assert await threads.read_file(OTHER, lambda: b"read") == b"read"
@@ -220,4 +220,55 @@ async def test_threads_that_send_are_as_many_as_the_cores(
         assert [await one for one in sending] == [4] * (cores + 2)
         await turn()
         assert open_descriptors() == before
+    file.release()
+
+
+@on_reactor
+async def test_disk_that_does_not_answer_holds_up_no_turn(
+    threads: Threads, disk: Disk, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in memory is sent, also of a file whose other parts wait for the disk, and beside many that do."""
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: True)
+    sick = tmp_path / "sick"
+    sick.write_bytes(b"content")
+    file = open_regular(sick)
+    reads = [threads.read_file(path, disk.read) for path in (sick, *map(Path, map(str, range(20)))) for _ in range(2)]
+    await until(lambda: disk.began == 8)
+    ours, theirs = socket.socketpair()
+
+    async def sent() -> None:
+        sending = [threads.send_at(file, sick, 0, 7, ours.fileno(), in_thread=True) for _ in range(10)]
+        assert [await one for one in sending] == [7] * 10
+        assert theirs.recv(100) == b"content" * 10
+
+    with ours, theirs:
+        await sent()
+        advance(clock, READ_WITHIN)
+        assert threads.hung
+        await sent()
+        failed(reads[0], Hung)
+    for read in reads[1:]:
+        read.addErrback(lambda _: None)
+    file.release()
+
+
+@on_reactor
+async def test_turn_that_might_need_the_disk_by_now_is_not_taken(
+    threads: Threads, disk: Disk, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waited for its turn is told that nothing was sent, and asks again."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    resident = [True]
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: resident[0])
+    monkeypatch.setattr(ociregistry.store.threads, "send_for_a_turn", lambda *_: len(disk.read()))
+    cores = min(len(os.sched_getaffinity(0)), 4)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=True) for _ in range(cores + 3)]
+        await until(lambda: disk.began == cores)
+        resident[0] = False
+        disk.release()
+        assert [await one for one in sending] == [4] * cores + [0] * 3
     file.release()

@@ -17,6 +17,7 @@ from ociregistry.web.channel import Channel
 from ociregistry.web.producer import ContentProducer, SendLimits, Unsent
 from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
+from tests.images import MIB
 from tests.unit.support.common import texts
 from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 
@@ -278,20 +279,34 @@ def test_first_byte_is_sent_when_the_socket_takes_it(clock: Clock) -> None:
     assert (producer.sent, producer.first_sent_at) == (5, began + 3)
 
 
+class Takes(FullAtFirst):
+    """A channel and a file, of which the client takes these numbers of bytes, one after the other."""
+
+    def __init__(self, clock: Clock, *takes: int) -> None:
+        super().__init__(clock)
+        self.size = sum(takes)
+        self._takes = list(takes)
+
+    async def send(self, socket: object, start: int, count: int, *, in_thread: bool) -> int:
+        self.in_thread.append(in_thread)
+        return self._takes.pop(0)
+
+
 def test_several_transfers_are_sent_by_threads(clock: Clock) -> None:
-    """One alone is not, also after the others have ended."""
-    full: Any = FullAtFirst(clock)
+    """Each while its client is fast; one alone is not, also after the others have ended."""
     limits = SendLimits(PATIENCE, Unsent(clock), Seldom(clock), lambda: True, Requests())
 
     def send(content: Any) -> Deferred[None]:
-        return Deferred.fromCoroutine(ContentProducer(content, content, 0, limits, clock).send(0, 5))
+        return Deferred.fromCoroutine(ContentProducer(content, content, 0, limits, clock).send(0, content.size))
 
     slow: Any = FullAtFirst(clock)
     slow.resume_when_writable = lambda: None
     waiting = send(slow)
-    assert send(full).called
-    assert full.in_thread == [True] * 4
+    several = Takes(clock, MIB, 0, MIB, MIB, 20_000, MIB, MIB)
+    assert send(several).called
+    assert several.in_thread == [False, True, False, True, True, False, True]
     waiting.cancel()
     waiting.addErrback(lambda failure: failure.trap(CancelledError))
-    assert send(full).called
-    assert full.in_thread == [True] * 4 + [False]
+    alone = Takes(clock, MIB, MIB)
+    assert send(alone).called
+    assert alone.in_thread == [False, False]
