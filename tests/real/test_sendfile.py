@@ -204,6 +204,43 @@ def test_growing_blob_is_sent_within_the_kernel(disk: Path, tmp_path: Path) -> N
         assert sum(moved(trace, "send", "sendto")) < LARGE
 
 
+def mostly_by_threads(trace: Trace, pid: int) -> bool:
+    """Whether most calls were begun by other threads than that of the reactor."""
+    own = [line.startswith(f"{pid} ") for line in trace.text.splitlines() if "sendfile(" in line]
+    # Now and then a thread sends what the kernel writes to the disk at that moment.
+    return 2 * sum(own) < len(own)
+
+
+@pytest.mark.parametrize("kind", ["stored", "growing"])
+def test_threads_send_to_several_clients(tmp_path: Path, kind: str) -> None:
+    """While another transfer goes on, of which the client reads nothing."""
+    image = plain_image("several", 8 * SIZE)
+    layer = image.layers[0]
+    with normal_disk(tmp_path / "disk") as disk, cache_on(disk, tmp_path) as cache:
+        cache.upstream.add("several", image, "1")
+        assert cache.ask("several/manifests/1").status == 200
+        target, pid = f"several/blobs/{layer.digest}", cache.daemon.process.pid
+        rules = []
+        if kind == "stored":
+            assert digest_of(cache.ask(target).body) == layer.digest
+            cache.wait_stored(layer.digest)
+        else:
+            rules = [Hold(after=7 * SIZE)]
+        part = {"Range": f"bytes=0-{6 * SIZE - 1}"}
+
+        def is_right() -> bool:
+            return cache.ask(target, headers=part).body == layer.data[: 6 * SIZE]
+
+        with cache.scripted(f"*{layer.digest}", *rules), cache.opened(target) as waits:
+            assert is_right()
+            with traced(pid, "sendfile", tmp_path / "strace") as trace:
+                # A client on a busy machine may be slow.
+                wait_until(lambda: is_right() and mostly_by_threads(trace, pid), SOON, "threads send")
+            for rule in rules:
+                rule.release.set()
+            assert digest_of(waits.read()) == layer.digest
+
+
 def test_tls_and_the_control_socket(disk: Path, tmp_path: Path) -> None:
     """Their bytes are right as well; those for TLS pass through the process."""
     authority = Authority(tmp_path)

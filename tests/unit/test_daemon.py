@@ -43,6 +43,14 @@ async def test_banner_lists_version_store_counts_and_addresses(
 
 
 @on_reactor
+async def test_freed_memory_is_kept(daemons: Daemons, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr("ociregistry.daemon.keep_freed_memory", lambda: kept.append(True))
+    daemons.start()
+    assert kept == [True]
+
+
+@on_reactor
 async def test_pull_through_the_daemon(
     root: Path, daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
 ) -> None:

@@ -192,7 +192,10 @@ def test_turn_ends_when_the_client_takes_no_more(pair: Pair, monkeypatch: pytest
     with suppress(BlockingIOError):
         while True:
             pair[0].send(bytes(65536))
+    began = time.monotonic()
     assert turn(monkeypatch, pair[0], Takes(SLICE)) == SLICE
+    # A turn lasts a twentieth of a second; others have one, too.
+    assert time.monotonic() - began < 1
 
 
 def test_turn_sends_no_second_slice_that_must_be_read_from_the_disk(

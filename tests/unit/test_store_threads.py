@@ -15,6 +15,7 @@ from twisted.logger import LogEvent, LogLevel
 
 import ociregistry.store.threads
 from ociregistry.store.files import SharedFile, open_regular
+from ociregistry.store.pagecache import SLICE, TURN
 from ociregistry.store.threads import READ_WITHIN, WRITTEN_WITHIN, Hung, Threads
 from tests.unit.support.common import REACTOR, failed, on_reactor, open_descriptors, texts, turn, until
 
@@ -249,6 +250,30 @@ async def test_disk_that_does_not_answer_holds_up_no_turn(
         failed(reads[0], Hung)
     for read in reads[1:]:
         read.addErrback(lambda _: None)
+    file.release()
+
+
+@on_reactor
+async def test_thread_sends_more_at_once_than_the_reactor(
+    threads: Threads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def send(to: int, descriptor: int, offset: int, count: int) -> int:
+        asked.append(count)
+        return 1
+
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: True)
+    for name in ("send_for_a_turn", "send_file"):
+        monkeypatch.setattr(ociregistry.store.threads, name, send)
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for in_thread in (True, False):
+            assert await threads.send_at(file, path, 0, 2 * TURN, ours.fileno(), in_thread=in_thread) == 1
+    assert asked == [TURN, SLICE]
     file.release()
 
 
