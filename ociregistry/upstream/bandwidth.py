@@ -72,6 +72,8 @@ class Bandwidth:
         replaces it.
         """
         self.reconfigure(limit, windows)
+        self._divided: float | None = None
+        """The rate by which the receive buffers were divided."""
         self._clock = clock
         self._now = now
         self._tokens = 0.0
@@ -129,6 +131,10 @@ class Bandwidth:
 
     def _rebalance(self) -> None:
         buffer = self.buffer
+        if buffer is None and self._divided is not None:
+            # The kernel no longer chooses the size of a buffer that was set.
+            buffer = _LARGEST_BUFFER
+        self._divided = self.rate
         if buffer is not None:
             for share in self._shares:
                 share.resize(buffer)
@@ -137,10 +143,13 @@ class Bandwidth:
         """Take `count` received bytes from the bucket; return the seconds for which no more should be read."""
         now = self._clock.seconds()
         elapsed, self._refilled_at = now - self._refilled_at, now
-        if self.rate is None:
+        limit = self.rate
+        if limit != self._divided:
+            self._rebalance()
+        if limit is None:
             self._tokens = 0.0
             return 0.0
-        rate = self.rate * _PAYLOAD_FRACTION
+        rate = limit * _PAYLOAD_FRACTION
         self._tokens = min(self._tokens + elapsed * rate, rate * _BURST_SECONDS) - count
         return max(0.0, -self._tokens / rate)
 

@@ -223,6 +223,21 @@ def test_ended_body_leaves_its_share_to_others(clock: Clock) -> None:
     assert bandwidth._shares == set()
 
 
+def test_other_limit_divides_the_receive_buffers_of_bodies_in_progress_again(clock: Clock) -> None:
+    now = time(12)
+    bandwidth = Bandwidth(250_000.0, (Window(time(18), time(20), 500_000.0),), clock, lambda: now)
+    first, second = Body(bandwidth), Body(bandwidth)
+    for now in (time(18), time(19), time(20)):  # noqa: B007  # the lambda uses it
+        first.share.consume(1)
+    assert (first.buffers, second.buffers) == ([75_000, 37_500, 75_000, 37_500], [37_500, 75_000, 37_500])
+    bandwidth.reconfigure(None, ())
+    second.share.consume(1)
+    assert first.buffers[-1] == second.buffers[-1] == MIB
+    # A body that begins without a limit has the kernel choose.
+    first.share.end()
+    assert Body(bandwidth).buffers == []
+
+
 @pytest.mark.usefixtures("exact")
 def test_receive_buffer_counts_as_received(clock: Clock) -> None:
     bandwidth = Bandwidth(250_000.0, (), clock)
