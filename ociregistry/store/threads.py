@@ -267,15 +267,18 @@ class Threads:
     def _write(self, pool: ThreadPool, work: Callable[[], T]) -> Deferred[T]:
         job = _Job()
         self._writes[job] = None
+        result: Deferred[T] = Deferred()
 
-        def run() -> T:
-            try:
-                return work()
-            finally:
-                # Not by the Deferred: that fires at once when it is cancelled.
-                self._reactor.callFromThread(self._writes.pop, job)
+        def ended(succeeded: bool, outcome: Any) -> None:
+            self._reactor.callFromThread(self._written, job, result, outcome)
 
-        return deferToThreadPool(self._reactor, pool, run)
+        pool.callInThreadWithCallback(ended, work)
+        return result
+
+    def _written(self, job: _Job, result: Deferred[Any], outcome: Any) -> None:
+        # Not by the Deferred: that fires at once when it is cancelled.
+        del self._writes[job]
+        result.callback(outcome)
 
     def _submit(self, job: _Read) -> Deferred[Any]:
         if job.path is not None and (self._exhausted or self._hangs(job.path)):
