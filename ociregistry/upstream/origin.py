@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urljoin, urlsplit
 
 _PORTS = {"http": 80, "https": 443}
@@ -19,6 +20,7 @@ class Origin:
     port: int
 
     @classmethod
+    @lru_cache(maxsize=128)
     def of(cls, url: str) -> Origin:
         """Return the origin of `url`.
 

@@ -47,7 +47,7 @@ class Route:
     def to(self, origin: Origin) -> Proxy | None:
         """Return the proxy for requests to `origin`; None to connect directly."""
         proxy = self.proxies.https if origin.scheme == "https" else self.proxies.http
-        if origin not in self.own and self.no_proxy.covers(origin.host, origin.port):
+        if proxy is not None and origin not in self.own and self.no_proxy.covers(origin.host, origin.port):
             return None
         return proxy
 
