@@ -14,7 +14,7 @@ from twisted.application.service import Service
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import LoopingCall
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -31,6 +31,8 @@ _log = Logger(namespace="ociregistry.pullthrough")
 
 _AGAIN = 30.0
 """Seconds until an image whose upstream could not be asked is tried again."""
+_CLIENT_FIRST = 1.0
+"""Seconds that a client has to request the blobs of an image that it has just pulled."""
 _COMPLETE_FOR = 30.0
 """Seconds for which an image that was found complete is not checked again."""
 _REFUSED_FOR = 3600.0
@@ -125,7 +127,7 @@ class Completion(Service):
     @property
     def incomplete(self) -> Incomplete:
         """What is known to be missing."""
-        known = self._store.pending.keys() | self._being_checked | self._store.undecided.keys() | self._missing.keys()
+        known = self._store.pending.keys() | self._store.undecided.keys() | self._missing.keys()
         indexes = self._metadata.incomplete if self._metadata else 0
         return Incomplete(len(known), sum(self._missing.values()), len(self._store.undecided), indexes)
 
@@ -205,9 +207,11 @@ class Completion(Service):
 
     async def _is_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
         """Note the missing blobs of an image, and request them unless the upstream refused them recently."""
-        if digest in self._store.pending or digest in self._being_checked:
+        if digest in self._store.pending:
             return
         self._missing[digest] = sum(missing.values())
+        if digest in self._being_checked:
+            return
         repository = self._untried(digest)
         if repository is not None and self._completes(digest, repository):
             await self._request(digest, repository)
@@ -301,6 +305,11 @@ class Completion(Service):
         self._being_checked.add(digest)
         try:
             await self._want(digest)
+            if not hit:
+                # Most blobs are about to be requested: nothing is to be noted for an image that is whole by then.
+                await deferLater(self._clock, _CLIENT_FIRST)
+                if self._stopped:
+                    return
             missing = await self._missing_now(digest, hit=hit)
             lacks = bool(missing) or await self._lacks_foreign_layers(digest)
         finally:

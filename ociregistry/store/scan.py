@@ -349,9 +349,8 @@ class IndexRefresh:
         self._newer.add(str(path))
 
     def blob_stored(self, blob: Digest) -> None:
-        """Report the records that name a blob which this process has stored."""
+        """Report, with the next scan, the records that name a blob which this process has stored."""
         self._changed.update(self._index.naming(blob))
-        self._notify()
 
     def scan(self) -> Deferred[None]:
         """Scan the files for changes, after a scan that is running has ended; fire when they are in the index."""

@@ -218,6 +218,7 @@ def test_image_of_absent_blobs_delays_no_other(own_cache: Cache, blobs: int, ask
         wait_complete(cache.daemon, good.blobs, refused=(1, blobs))
     gets = [request for request in cache.upstream.requests if "/team/hostile/blobs/" in request.path]
     assert len(gets) == asked
+    wait_until(lambda: log_lines(cache.daemon, "warn"), 10, "the image is told")
     (warning,) = log_lines(cache.daemon, "warn")
     assert f"{cache.upstream.host}/team/hostile@{hostile.manifest.digest}" in warning
     assert told in warning

@@ -85,6 +85,7 @@ def test_daemon_that_is_well(watch: Callable[..., Watched]) -> None:
     watched = watch()
     watched.pull()
     watched.wait(lambda told: told["store"]["blobs"] is not None, "the store is measured")
+    watched.wait(lambda told: not told["incomplete_images"], "the last blob is seen")
     done = watched.status()
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()

@@ -55,12 +55,45 @@ def demands_on(root: Path, store: Store, clock: Clock) -> Iterator[Callable[[str
 @on_reactor
 async def test_image_requested_by_tag_is_wanted_immediately(demands: Demands) -> None:
     await demands.get(AMD64, tag="1")
-    assert (demands.completing, demands.pending, demands.wanted(AMD64)) == (["linux/amd64"], [], [True])
+    assert (demands.completing, demands.pending, demands.wanted(AMD64)) == ([], [], [True])
+    # Its client is about to request the blobs itself.
+    await demands.wait(0.875)
+    assert demands.completing == []
+    await demands.wait(0.125)
+    assert (demands.completing, demands.pending) == (["linux/amd64"], [])
+
+
+@on_reactor
+async def test_image_that_its_client_pulls_whole_is_never_pending(
+    demands: Demands, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[Digest] = []
+    monkeypatch.setattr(PendingFiles, "write", lambda files, pending: noted.append(pending.image))
+    await demands.get(AMD64, tag="1")
+    await demands.wait(0.5)
+    for blob in (b"config of amd64", SHARED, OWN_AMD64):
+        (root / "blobs" / Digest.of(blob).hex).write_bytes(blob)
+    await demands.wait(0.5)
+    assert (demands.completing, noted) == ([], [])
+
+
+@on_reactor
+async def test_stop_while_the_client_is_still_pulling(demands: Demands, store: Store) -> None:
+    await demands.get(AMD64, tag="1")
+    demands.stop()
+    await demands.wait(1)
+    assert (demands.completing, demands.wanted(AMD64)) == ([], [True])
+    # The record says what is to be completed after the next start.
+    again = Demands(demands.root, store, demands.clock)
+    await settle(store)
+    assert again.completing == ["linux/amd64"]
+    again.stop()
 
 
 @on_reactor
 async def test_image_without_index_requested_by_digest_is_wanted_immediately(demands: Demands) -> None:
     await demands.get(AMD64)
+    await demands.wait(1)
     assert (demands.completing, demands.pending, demands.wanted(AMD64)) == (["linux/amd64"], [], [True])
 
 
@@ -69,6 +102,7 @@ async def test_image_of_index_with_its_own_tag_is_wanted_immediately(demands: De
     await demands.get(INDEX, tag="1")
     await demands.get(AMD64, ARM64)
     await demands.get(ARM64, tag="1-arm64")
+    await demands.wait(1)
     assert (demands.completing, demands.pending) == (["linux/arm64"], ["linux/amd64"])
     assert demands.wanted(ARM64) == [True]
 
@@ -85,6 +119,7 @@ async def test_metadata_image_requested_by_tag_is_wanted_immediately(demands: De
 async def test_image_of_referrers_list_is_wanted_immediately(demands: Demands) -> None:
     await demands.get(INDEX, tag=f"sha256-{AMD64.digest.hex}")
     await demands.get(ATTESTATION, AMD64)
+    await demands.wait(1)
     assert (demands.completing, demands.pending) == (["linux/amd64", "unknown/unknown"], [])
 
 

@@ -383,6 +383,7 @@ async def test_nothing_is_pending_with_configured_platforms(root: Path, store: S
     # An image without an index is completed nevertheless.
     single = image_of(b"config of a single image", b"its layer")
     await demands.get(single, tag="single")
+    await demands.wait(1)
     assert demands.completing == [single.digest]
     demands.stop()
 
