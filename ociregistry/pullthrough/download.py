@@ -14,6 +14,7 @@ from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.files import FileReplaced
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
+from ociregistry.store.smallblobs import MemoryReader, PartialInMemory, is_small
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.registry import BlobMismatch, BlobStream
@@ -47,7 +48,7 @@ class Download:
         self._store = store
         self._early: list[DownloadReader] = []
         self._done = False
-        self._partial: Partial | None = None
+        self._partial: Partial | PartialInMemory | None = None
         self._resumed_at = 0
         self._verified = False
         self._changed = Event()
@@ -135,7 +136,7 @@ class Download:
                 if down is not None and not patient and self.error is None:
                     raise down
                 await self._change()
-            return DownloadReader(self, self.size, self._partial.reader())
+            return reader_of(self, self.size, self._partial.reader())
         except BaseException:
             self._connections.unwatch()
             raise
@@ -150,7 +151,7 @@ class Download:
             raise self.error
         self._connections.watch()
         self.has_early_readers = True
-        reader = DownloadReader(self, size, self._partial.reader() if self._partial else None)
+        reader = reader_of(self, size, self._partial.reader() if self._partial else None)
         if self._partial is None:
             self._early.append(reader)
         return reader
@@ -215,22 +216,25 @@ class Download:
                 _log.error("{why}", why=self.error, blob=self)
 
     async def _fetch(self) -> None:
-        partial = stream = None
+        partial: Partial | PartialInMemory | None = None
+        stream: BlobStream | None = None
         try:
-            partial = await self._left_behind()
+            # A blob that does not fit is refused before the upstream is asked.
+            partial = await self._store.old_partial(self.digest, self.expected)
             start = partial.length if partial is not None else 0
             known = self.expected if self.expected is not None or partial is None else partial.size
             if partial is None or start != known:
-                # A blob that does not fit is refused before the upstream is asked.
-                await self._check_room(known, start)
                 # The first answer tells whether the blob exists; without a size from a manifest, clients wait for it.
                 stream = await self._first(start, known)
             size = known if stream is None or stream.size is None else stream.size
             if size != known:
-                await self._check_room(size, start)
+                await self._store.check_room(None if size is None else max(0, size - start))
             if partial is None:
                 mirrored = stream is not None and stream.source.is_mirror
-                partial = await self._store.new_partial(self.digest, size, self.repository, mirrored=mirrored)
+                if is_small(size):
+                    partial = self._store.small_partial(self.digest, size, self.repository, mirrored=mirrored)
+                else:
+                    partial = await self._store.new_partial(self.digest, size, self.repository, mirrored=mirrored)
             self._partial, self._resumed_at, self.size = partial, partial.length, size
             self._open_early(partial)
             self._changed.fire()
@@ -248,10 +252,7 @@ class Download:
             if partial is not None:
                 partial.close()
 
-    async def _check_room(self, size: int | None, start: int) -> None:
-        await self._store.check_room(None if size is None else max(0, size - start))
-
-    def _open_early(self, partial: Partial) -> None:
+    def _open_early(self, partial: Partial | PartialInMemory) -> None:
         """Give the early readers their file."""
         for reader in self._early:
             if self.size not in (None, reader.size):
@@ -271,16 +272,7 @@ class Download:
             # A client has its headers already, so a late upstream is retried rather than the response ended.
             return await self._connections.reopen(start, known, error)
 
-    async def _left_behind(self) -> Partial | None:
-        """Return the partial of an earlier download; discard one whose size contradicts the manifest."""
-        partial = await self._store.old_partial(self.digest)
-        if partial is None or partial.size is None or self.expected in (None, partial.size):
-            return partial
-        await partial.discard()
-        partial.close()
-        return None
-
-    async def _verify(self, partial: Partial) -> None:
+    async def _verify(self, partial: Partial | PartialInMemory) -> None:
         try:
             await partial.verify()
         except DigestMismatch as mismatch:
@@ -289,7 +281,7 @@ class Download:
         self._verified = True
         self._changed.fire()
 
-    async def _keep_or_discard(self, partial: Partial, error: BaseException) -> None:
+    async def _keep_or_discard(self, partial: Partial | PartialInMemory, error: BaseException) -> None:
         """Keep the partial if a later download can resume it; discard it otherwise.
 
         Where the bytes are wrong, those that came before any byte of a mirror are kept.
@@ -311,14 +303,14 @@ class Download:
 class DownloadReader:
     """Reads a download for one client; the open file stays valid when the partial becomes a blob."""
 
-    def __init__(self, download: Download, size: int, file: PartialReader | None) -> None:
+    def __init__(self, download: Download, size: int, file: PartialReader | MemoryReader | None) -> None:
         """Read from `file`, the open partial; if it is None, `open` brings it later."""
         self._download = download
         self._file = file
         self._closed = False
         self.size = size
 
-    def open(self, file: PartialReader) -> None:
+    def open(self, file: PartialReader | MemoryReader) -> None:
         """Set the file, now that the partial exists."""
         if self._closed or self._file is not None:
             file.close()
@@ -334,11 +326,6 @@ class DownloadReader:
         assert self._file is not None
         return self._file.read(offset, count)
 
-    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
-        """Send at most `count` of the bytes at `offset`, which must be readable, to a socket; give their number."""
-        assert self._file is not None
-        return self._file.send(to, offset, count, in_thread=in_thread)
-
     def close(self) -> None:
         """Close the file and leave the download."""
         self._closed = True
@@ -348,3 +335,17 @@ class DownloadReader:
 
     def __str__(self) -> str:
         return str(self._download)
+
+
+class LargeReader(DownloadReader):
+    """Reads a download that is in a file."""
+
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
+        """Send at most `count` of the bytes at `offset`, which must be readable, to a socket; give their number."""
+        assert isinstance(self._file, PartialReader)
+        return self._file.send(to, offset, count, in_thread=in_thread)
+
+
+def reader_of(download: Download, size: int, file: PartialReader | MemoryReader | None) -> DownloadReader:
+    """Return a reader for a blob of `size` bytes, as its constructor says."""
+    return (DownloadReader if is_small(size) else LargeReader)(download, size, file)

@@ -26,6 +26,7 @@ from ociregistry.store.openblobs import Identity, OpenBlobs
 from ociregistry.store.pagecache import send_resident
 from ociregistry.store.partials import Partial
 from ociregistry.store.paths import blobs_folder
+from ociregistry.store.smallblobs import PartialInMemory
 from ociregistry.store.threads import Hung, Threads
 
 _log = Logger(namespace="ociregistry.store")
@@ -281,7 +282,7 @@ class Blobs:
         """Tell whether a blob is in the store with this size in bytes."""
         return await self._threads.read(size_of_blob, self._folder / digest.hex) == size
 
-    async def commit(self, partial: Partial, quarantine: Callable[[Path], object]) -> None:
+    async def commit(self, partial: Partial | PartialInMemory, quarantine: Callable[[Path], object]) -> None:
         """Make the verified `partial` a blob, which counts as present from then on.
 
         A file in its place that cannot be read is handed to `quarantine` first.
@@ -291,8 +292,7 @@ class Blobs:
         """
         path = self._folder / partial.digest.hex
         known_bad = partial.digest in self._unreadable
-        await self._threads.write(_make_way, path, quarantine, known_bad=known_bad)
-        await partial.commit(path)
+        await partial.commit(path, bind(_make_way, path, quarantine, known_bad=known_bad))
         self._unreadable.pop(partial.digest, None)
         self._open_blobs.forget([partial.digest])
         self.lost.discard(partial.digest)

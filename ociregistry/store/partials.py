@@ -390,8 +390,10 @@ class Partial:
         if self._hasher.hexdigest() != self.digest.hex:
             raise DigestMismatch(f"the {self.length} bytes received do not have the digest {self.digest}")
 
-    async def commit(self, target: Path) -> None:
-        """Make the verified partial the blob `target`, synced. Call `verify` first.
+    async def commit(self, target: Path, make_way: Callable[[], object]) -> None:
+        """Make the verified partial the blob `target`, synced, after `make_way` was called in a thread.
+
+        Call `verify` first.
 
         Raises:
             OSError: the blob cannot be synced or renamed, or an earlier sync failed.
@@ -399,9 +401,10 @@ class Partial:
         await self._settled()
         if self._broken is not None:
             raise self._broken
-        await self._in_thread(self._commit, target)
+        await self._in_thread(self._commit, target, make_way)
 
-    def _commit(self, target: Path) -> None:
+    def _commit(self, target: Path, make_way: Callable[[], object]) -> None:
+        make_way()
         self._sound_only_after(lambda: self._files.commit(self._file, self._path, target))
         self._files.unlink(note_path(self._path))
 
@@ -416,9 +419,10 @@ class Partial:
     async def discard(self) -> None:
         """Remove the partial and its note."""
         await self._settled()
-        await self._in_thread(self._discard)
+        await self._in_thread(self.remove)
 
-    def _discard(self) -> None:
+    def remove(self) -> None:
+        """Remove the partial and its note, as `discard` does. Blocks."""
         # In a store that was replaced, another partial may have that name.
         if is_at(self._file.fileno(), self._path) or not os.path.lexists(self._path):
             self._files.unlink(self._path)

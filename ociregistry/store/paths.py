@@ -113,6 +113,11 @@ def record_temporary(folder: Path, path: Path) -> Path:
     return folder / f"{path.name}.record"
 
 
+def blob_temporary(folder: Path, path: Path) -> Path:
+    """Return the temporary file, in the pulls/<n>/ `folder`, for the blob at `path`."""
+    return folder / f"{path.name}.blob"
+
+
 def temporary(path: Path) -> Path:
     """Return the temporary file for a note or pending image, beside it."""
     return path.with_name(f"{path.name}.new")

@@ -108,11 +108,16 @@ class Space:
         Raises:
             OSError: through the Deferred: ENOSPC, they do not fit.
         """
-        return self._threads.write(self._check, 1 if count is None else count)
+        return self._threads.write(self.check_now, count)
 
-    def _check(self, count: int) -> None:
+    def check_now(self, count: int | None) -> None:
+        """Check the same at once. Blocks.
+
+        Raises:
+            OSError: ENOSPC, they do not fit.
+        """
         with self._lock:
-            self._ensure(count, fresh=True)
+            self._ensure(1 if count is None else count, fresh=True)
 
     def spend(self, count: int) -> None:
         """Note that `count` bytes are about to be written. Blocks.

@@ -30,6 +30,7 @@ from ociregistry.store.pending import PendingImages
 from ociregistry.store.prune import Choose, Plan, prune
 from ociregistry.store.records import Dates, PullTimes, Record, RecordFiles, RecordInvalid
 from ociregistry.store.scan import IndexRefresh
+from ociregistry.store.smallblobs import PartialInMemory
 from ociregistry.store.space import Room, Space
 from ociregistry.store.threads import Hung, Threads
 from ociregistry.store.usage import UsageMeter
@@ -445,15 +446,40 @@ class Store(Lookups, Service):
             )
         )
 
-    async def old_partial(self, digest: Digest) -> Partial | None:
-        """Return the partial of the blob `digest` that an earlier download left, or None.
+    def small_partial(
+        self, digest: Digest, size: int, source: Repository, *, mirrored: bool = False
+    ) -> PartialInMemory:
+        """Begin a small blob of `size` bytes; `mirrored` if a mirror of `source` sends its first bytes."""
+        return PartialInMemory(
+            digest, size, str(source), self._pulls, self._space, self._files, self._threads, mirrored=mirrored
+        )
+
+    async def old_partial(self, digest: Digest, size: int | None = None) -> Partial | None:
+        """Return the partial of the blob `digest` that an earlier download left, or None, when the rest has room.
+
+        A partial of another size than `size`, which a manifest tells, is discarded.
 
         Raises:
-            OSError: the partial cannot be opened.
+            OSError: the partial cannot be opened, or ENOSPC: the rest of the blob does not fit beside the reserve.
         """
-        return await self._threads.write(
-            lambda: Partial.resume(digest, self._pulls.path / digest.hex, self._space, self._files, self._threads)
-        )
+        return await self._threads.write(self._old_partial, digest, size)
+
+    def _old_partial(self, digest: Digest, size: int | None) -> Partial | None:
+        partial = Partial.resume(digest, self._pulls.path / digest.hex, self._space, self._files, self._threads)
+        try:
+            if partial is not None and None not in (size, partial.size) and size != partial.size:
+                partial.remove()
+                partial.close()
+                partial = None
+            start, known = (partial.length, partial.size) if partial is not None else (0, size)
+            known = size if known is None else known
+            if partial is None or start != known:
+                self._space.check_now(None if known is None else max(0, known - start))
+        except BaseException:
+            if partial is not None:
+                partial.close()
+            raise
+        return partial
 
     async def check_room(self, size: int | None) -> None:
         """Check that `size` bytes fit beside the reserve; with None, that any byte does.
@@ -470,7 +496,7 @@ class Store(Lookups, Service):
         entry = self._index.get(manifest)
         return entry.blobs if entry is not None else ()
 
-    async def commit(self, partial: Partial) -> None:
+    async def commit(self, partial: Partial | PartialInMemory) -> None:
         """Make the verified `partial` a blob, which counts as present from then on.
 
         Raises:

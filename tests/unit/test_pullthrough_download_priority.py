@@ -20,7 +20,7 @@ from tests.unit.support.registries import MemoryRegistries, Sending, downloads_e
 from tests.unit.test_pullthrough_download import read_all
 from tests.unit.test_pullthrough_download_resume import again
 
-FIRST, SECOND = make_image("precedence", layer_size=50_000).layers
+FIRST, SECOND = make_image("precedence", layer_size=100_000).layers
 REPOSITORY = image("reg.example/team/app:1").repository
 SIZE = len(FIRST.data)
 assert len(SECOND.data) == SIZE

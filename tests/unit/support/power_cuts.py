@@ -211,6 +211,24 @@ def replace_a_spoiled_partial(machine: Machine) -> None:
     commit_a_blob(machine)
 
 
+def commit_a_small_blob(machine: Machine) -> None:
+    """Download a blob in memory."""
+    partial = machine.store.small_partial(DIGEST, len(BLOB), REPOSITORY)
+    result(partial.append(BLOB))
+    result(partial.verify())
+    result(machine.store.commit(partial))
+    machine.expected.blobs.add(BLOB)
+
+
+def leave_a_small_blob(machine: Machine) -> None:
+    """End such a download before the blob is whole."""
+    partial, expected = machine.store.small_partial(DIGEST, len(BLOB), REPOSITORY), machine.expected
+    result(partial.append(BLOB[:300]))
+    expected.durable = expected.written = {0, 300}
+    result(partial.sync())
+    expected.durable = expected.written = {300}
+
+
 def write_a_record(machine: Machine) -> None:
     """Write a new record."""
     machine.keep(OTHER_IMAGE, "new")
@@ -300,6 +318,9 @@ _LEFTOVERS = {f"pulls/0/{DIGEST.hex}.note": b"", "pulls/0/x.record": b"{"}
 SCENARIOS = {
     "blob": Scenario(commit_a_blob),
     "blob_among_leftovers": Scenario(commit_a_blob, _LEFTOVERS),
+    "small_blob": Scenario(commit_a_small_blob),
+    "small_blob_among_leftovers": Scenario(commit_a_small_blob, _LEFTOVERS | {f"pulls/0/{DIGEST.hex}.blob": b"{"}),
+    "left_small_blob": Scenario(leave_a_small_blob),
     "resumed_blob": Scenario.resuming(commit_a_resumed_blob, "0", BLOB[:250]),
     "adopted_blob": Scenario.resuming(commit_a_resumed_blob, "7", BLOB[:250]),
     "spoiled_blob": Scenario.resuming(replace_a_spoiled_partial, "0", bytes(250), spoiled=True),
