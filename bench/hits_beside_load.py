@@ -125,8 +125,9 @@ class Work:
             for puller in pullers:
                 puller.start()
             try:
-                # Both have begun.
-                wait_until(lambda: self.pulled, 30, "an image is pulled")
+                first = next(iter(loaded.values())).manifest.digest.partition(":")[2]
+                loading = (daemon.image_path / "img" / first).exists
+                wait_until(lambda: self.pulled and loading(), 30, "both have begun")
                 yield
             finally:
                 ended.set()
