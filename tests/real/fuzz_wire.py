@@ -27,7 +27,8 @@ CATALOG_OF_HEADERS = frozenset(
 
 _HEX = "(?:[0-9a-f]{64}|[0-9a-f]{128})"
 _STORED = re.compile(
-    rf"(?:blobs|fat|img)/{_HEX}|pulls/lock|pulls/\d+/(?:lock|socket)|pulls/\d+/{_HEX}(?:\.note|\.new|\.note\.new|\.record|\.wish(?:\.new)?)?"
+    rf"(?:blobs|fat|img)/{_HEX}|pulls/lock|pulls/\d+/(?:lock|socket)|"
+    rf"pulls/\d+/{_HEX}(?:\.note|\.new|\.note\.new|\.record|\.blob|\.wish(?:\.new)?)?"
 )
 _FOLDERS = re.compile(r"|blobs|fat|img|pulls|pulls/\d+|pulls/\d+/bad")
 
