@@ -140,6 +140,11 @@ class Client(threading.Thread):
         for blob in one.blobs:
             self._expect(one, f"blobs/{blob.digest}", blob.data, complete=True)
 
+    def blobs(self, one: Published) -> None:
+        """Ask for each blob of an image."""
+        for blob in one.blobs:
+            self._expect(one, f"blobs/{blob.digest}", blob.data)
+
     def _blob(self, one: Published) -> None:
         blob = self._random.choice(one.blobs)
         self._expect(one, f"blobs/{blob.digest}", blob.data)
