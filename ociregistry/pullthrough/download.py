@@ -13,8 +13,8 @@ from ociregistry.errors import RegistryError, Unavailable, cannot_store
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.files import FileReplaced
-from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
-from ociregistry.store.smallblobs import MemoryReader, PartialInMemory, is_small
+from ociregistry.store.partials import DigestMismatch, PartialReader
+from ociregistry.store.smallblobs import AnyPartial, MemoryReader, is_small
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.registry import BlobMismatch, BlobStream
@@ -48,7 +48,7 @@ class Download:
         self._store = store
         self._early: list[DownloadReader] = []
         self._done = False
-        self._partial: Partial | PartialInMemory | None = None
+        self._partial: AnyPartial | None = None
         self._resumed_at = 0
         self._verified = False
         self._changed = Event()
@@ -216,7 +216,7 @@ class Download:
                 _log.error("{why}", why=self.error, blob=self)
 
     async def _fetch(self) -> None:
-        partial: Partial | PartialInMemory | None = None
+        partial: AnyPartial | None = None
         stream: BlobStream | None = None
         try:
             # A blob that does not fit is refused before the upstream is asked.
@@ -252,7 +252,7 @@ class Download:
             if partial is not None:
                 partial.close()
 
-    def _open_early(self, partial: Partial | PartialInMemory) -> None:
+    def _open_early(self, partial: AnyPartial) -> None:
         """Give the early readers their file."""
         for reader in self._early:
             if self.size not in (None, reader.size):
@@ -272,7 +272,7 @@ class Download:
             # A client has its headers already, so a late upstream is retried rather than the response ended.
             return await self._connections.reopen(start, known, error)
 
-    async def _verify(self, partial: Partial | PartialInMemory) -> None:
+    async def _verify(self, partial: AnyPartial) -> None:
         try:
             await partial.verify()
         except DigestMismatch as mismatch:
@@ -281,7 +281,7 @@ class Download:
         self._verified = True
         self._changed.fire()
 
-    async def _keep_or_discard(self, partial: Partial | PartialInMemory, error: BaseException) -> None:
+    async def _keep_or_discard(self, partial: AnyPartial, error: BaseException) -> None:
         """Keep the partial if a later download can resume it; discard it otherwise.
 
         Where the bytes are wrong, those that came before any byte of a mirror are kept.

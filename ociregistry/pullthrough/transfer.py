@@ -17,8 +17,7 @@ from ociregistry.concurrency import Backoff, Event
 from ociregistry.context import Context, Priority, Wanted
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Repository
-from ociregistry.store.partials import Partial
-from ociregistry.store.smallblobs import PartialInMemory
+from ociregistry.store.smallblobs import AnyPartial
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.http import DEFAULT_OPTIONS
 from ociregistry.upstream.mirrors import Source
@@ -252,7 +251,7 @@ class Connections:
             raise Abandoned(f"{self}: download abandoned, no client is waiting and no manifest gives its size")
 
     async def receive(
-        self, stream: BlobStream, partial: Partial | PartialInMemory, size: int | None, changed: Callable[[], object]
+        self, stream: BlobStream, partial: AnyPartial, size: int | None, changed: Callable[[], object]
     ) -> None:
         """Append to `partial` until it has `size` bytes, or to the end of the body if `size` is None.
 
@@ -296,7 +295,7 @@ class Connections:
             stream = await self.reopen(partial.length, size, why)
 
     async def _receive_once(
-        self, stream: BlobStream, partial: Partial | PartialInMemory, size: int | None, changed: Callable[[], object]
+        self, stream: BlobStream, partial: AnyPartial, size: int | None, changed: Callable[[], object]
     ) -> int:
         if partial.mirrored and stream.source.distrusts_mirrors:
             raise BlobMismatch(f"{self}: bytes of a mirror are not continued, as a mirror has sent wrong content")
@@ -310,12 +309,7 @@ class Connections:
             self._note_priority()
 
     async def _read_all(
-        self,
-        stream: BlobStream,
-        at: int,
-        partial: Partial | PartialInMemory,
-        size: int | None,
-        changed: Callable[[], object],
+        self, stream: BlobStream, at: int, partial: AnyPartial, size: int | None, changed: Callable[[], object]
     ) -> int:
         most = _LARGEST_UNKNOWN if size is None else size
         while pieces := await stream.body.read_pieces():

@@ -24,9 +24,8 @@ from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason
 from ociregistry.store.openblobs import Identity, OpenBlobs
 from ociregistry.store.pagecache import send_resident
-from ociregistry.store.partials import Partial
 from ociregistry.store.paths import blobs_folder
-from ociregistry.store.smallblobs import PartialInMemory
+from ociregistry.store.smallblobs import AnyPartial
 from ociregistry.store.threads import Hung, Threads
 
 _log = Logger(namespace="ociregistry.store")
@@ -282,7 +281,7 @@ class Blobs:
         """Tell whether a blob is in the store with this size in bytes."""
         return await self._threads.read(size_of_blob, self._folder / digest.hex) == size
 
-    async def commit(self, partial: Partial | PartialInMemory, quarantine: Callable[[Path], object]) -> None:
+    async def commit(self, partial: AnyPartial, quarantine: Callable[[Path], object]) -> None:
         """Make the verified `partial` a blob, which counts as present from then on.
 
         A file in its place that cannot be read is handed to `quarantine` first.

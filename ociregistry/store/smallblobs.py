@@ -15,7 +15,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.names import Digest
 from ociregistry.store.files import Files
-from ociregistry.store.partials import DigestMismatch, Note, create_held, write_note
+from ociregistry.store.partials import DigestMismatch, Note, Partial, create_held, write_note
 from ociregistry.store.paths import blob_temporary
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
@@ -157,6 +157,10 @@ class PartialInMemory:
 
     def close(self) -> None:
         """Do nothing: there is no file."""
+
+
+AnyPartial = Partial | PartialInMemory
+"""A blob that is not complete yet."""
 
 
 class MemoryReader:

@@ -30,7 +30,7 @@ from ociregistry.store.pending import PendingImages
 from ociregistry.store.prune import Choose, Plan, prune
 from ociregistry.store.records import Dates, PullTimes, Record, RecordFiles, RecordInvalid
 from ociregistry.store.scan import IndexRefresh
-from ociregistry.store.smallblobs import PartialInMemory
+from ociregistry.store.smallblobs import AnyPartial, PartialInMemory
 from ociregistry.store.space import Room, Space
 from ociregistry.store.threads import Hung, Threads
 from ociregistry.store.usage import UsageMeter
@@ -496,7 +496,7 @@ class Store(Lookups, Service):
         entry = self._index.get(manifest)
         return entry.blobs if entry is not None else ()
 
-    async def commit(self, partial: Partial | PartialInMemory) -> None:
+    async def commit(self, partial: AnyPartial) -> None:
         """Make the verified `partial` a blob, which counts as present from then on.
 
         Raises:
