@@ -204,9 +204,9 @@ class Threads:
     ) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset` of `file`, opened at `path`, to the socket `to`.
 
-        If the kernel has them in memory the Deferred has fired already; with `in_thread`, a thread sends
-        them, one for each core at once. Other bytes are sent by one of the threads that may wait for the disk. While
-        that does not answer, no thread is asked to send what is in memory.
+        If the kernel has them in memory the Deferred has fired already; with `in_thread`, a thread sends them, at
+        most one for each core at a time. Other bytes are sent by one of the threads that may wait for the disk. While
+        the disk does not answer, no thread is asked to send what is in memory.
 
         Threads send to a duplicate of the socket: the connection may be closed meanwhile, and its number be used for
         another one. The Deferred gives the number of bytes that were sent, 0 if the socket takes none at present.

@@ -166,7 +166,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 def turn(
     monkeypatch: pytest.MonkeyPatch, to: socket.socket, takes: Takes, most: int = TURN, resident: int = 2 * TURN
 ) -> int:
-    """Send to a socket that takes so many bytes, from a file that is in memory up to the offset `resident`."""
+    """Send to a socket that takes what `takes` says. The file is in memory up to the offset `resident`."""
     monkeypatch.setattr(pagecache, "is_resident", lambda _, offset, count: offset + count <= resident)
     monkeypatch.setattr(pagecache, "send_file", takes)
     monkeypatch.setattr(pagecache, "send_written", takes)
