@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ class UsageMeter:
             self.latest = None
 
     async def _walk(self) -> Usage:
-        walk, took = Walk(self._root, self._clock.seconds), 0.0
+        walk, took = Walk(self._root, time.monotonic), 0.0
         while True:
             found, slice_took = await self._threads.read(walk.go_on)
             took += slice_took

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,23 @@ async def test_change_of_a_small_store_is_known_within_five_seconds(
     await turn()
     assert meter.latest == Usage(0, 0)
     clock.advance(1)
+    await until(lambda: meter.latest == Usage(3, 1))
+
+
+@on_reactor
+async def test_clock_of_the_reactor_does_not_cut_a_walk(
+    meter: UsageMeter, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk that rests keeps a folder open. Another thread advances that clock as it likes, in tests."""
+    (tmp_path / "blobs" / HEX).write_bytes(b"123")
+    scandir = os.scandir
+
+    def advanced(folder: str) -> object:
+        clock.rightNow += 10
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", advanced)
+    meter.start()
     await until(lambda: meter.latest == Usage(3, 1))
 
 
