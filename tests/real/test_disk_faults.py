@@ -299,20 +299,26 @@ def test_unreadable_blob_while_the_upstream_has_none_is_404(cache: Cache, inject
 def test_read_error_while_serving_ends_short_and_is_mended(cache: Cache, inject: Inject) -> None:
     image = publish(cache, "hit", LARGE)
     pull(cache, "hit", image)
-    path = blob_file(cache.daemon, image.layers[0].digest)
-    since, before = cache.log_size, path.stat().st_ino
-    with cache.opened(blob_of(image)) as answer:
-        begun = answer.read(1000)
-        with inject("preadv2,pread64", "error=EIO", "-P", str(path)) as trace:
-            got = begun + body_of(answer)
-            assert image.layers[0].data.startswith(got)
-            assert len(got) < LARGE
-            wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log names the reason")
-            assert str(path) in cache.one_error(since)
-            assert "response truncated" in cache.one_error(since)
-            assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
-            wait_until(lambda: path.exists() and path.stat().st_ino != before, SOON, "a new file has the name")
-            assert trace.injected
+    layer = image.layers[0]
+    path = blob_file(cache.daemon, layer.digest)
+    since, before, hold = cache.log_size, path.stat().st_ino, Hold()
+    with cache.scripted(f"/v2/{blob_of(image)}", hold), ThreadPoolExecutor() as clients:
+        with cache.opened(blob_of(image)) as answer:
+            begun = answer.read(1000)
+            with inject("preadv2,pread64", "error=EIO", "-P", str(path)) as trace:
+                got = begun + body_of(answer)
+                assert layer.data.startswith(got)
+                assert len(got) < LARGE
+                wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log names the reason")
+                assert str(path) in cache.one_error(since)
+                assert "response truncated" in cache.one_error(since)
+                asked = clients.submit(cache.ask, blob_of(image))
+                # The fault goes by the name, and would hit the new file as well.
+                wait_until(hold.reached.is_set, SOON, "the blob is fetched anew")
+                assert trace.injected
+        hold.release.set()
+        assert asked.result().body == layer.data
+    wait_until(lambda: path.exists() and path.stat().st_ino != before, SOON, "a new file has the name")
     assert len(cache.errors(since)) == 1
     pull(cache, "hit", image)
     assert_blobs_match_their_digests(cache)
