@@ -147,6 +147,8 @@ def write_note(path: Path, note: Note, files: Files) -> None:
 
 _SYNC_BYTES = 64 * 1024 * 1024
 _SYNC_SECONDS = 30.0
+_SYNC_PAUSE = 1.0
+"""Seconds from one sync to the next, at least: a sync holds up the writes, and a second's bytes soon come again."""
 _SLICE = 8 * 1024 * 1024
 """Bytes that a thread hashes again in one job."""
 
@@ -351,14 +353,16 @@ class Partial:
         self._hashed += len(data)
 
     def checkpoint(self, clock: IReactorTime) -> None:
-        """Begin to sync and note what is there, once enough bytes or seconds have passed since the last time.
+        """Begin to sync and note what is there, if 64 MiB have come since the last time, or after 30 s.
 
-        The bytes that arrive meanwhile are not delayed. A sync that fails makes every later call fail.
+        There is at most one sync a second. The bytes that arrive meanwhile are not delayed. A sync that fails makes
+        every later call fail.
         """
         now = clock.seconds()
         if self._synced_at is None:
             self._synced_at = now
-        enough = self.length - self._note.durable >= _SYNC_BYTES or now - self._synced_at >= _SYNC_SECONDS
+        since = now - self._synced_at
+        enough = (self.length - self._note.durable >= _SYNC_BYTES and since >= _SYNC_PAUSE) or since >= _SYNC_SECONDS
         if enough and self._syncing.called:
             self._synced_at = now
             self._syncing = self.sync()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -23,7 +24,7 @@ from tests.upstream_rules import Cut, Hold, Reply
 
 SIZE = 3 * MIB
 LARGE = 66 * MIB
-"""More than the 64 MiB after which a download is synced while it continues."""
+"""More than the 64 MiB after which a download is synced while it continues, if it takes a second or longer."""
 EIO = "Input/output error"
 RENAMES = "/^rename"
 """All calls with this prefix, since machines differ."""
@@ -107,11 +108,14 @@ def test_write_sync_or_rename_failure_of_a_download(
     hit, image = publish(cache, "hit"), publish(cache, "miss", size)
     pull(cache, "hit", hit)
     layer = image.layers[0]
-    hold, since = Hold(held), cache.log_size
-    with cache.scripted(f"*{layer.digest}", hold), cache.opened(blob_of(image)) as answer:
+    first, hold, since = Hold(HELD), Hold(held), cache.log_size
+    with cache.scripted(f"*{layer.digest}", first, hold), cache.opened(blob_of(image)) as answer:
         assert answer.status == 200
         begun = answer.read(1000)
         with inject(calls, "error=EIO", seen=RENAMES) as trace:
+            second = time.monotonic() + 1
+            wait_until(lambda: time.monotonic() > second, SOON, "the next sync may begin")
+            first.release.set()
             if calls == "fdatasync":
                 trace.wait_injected()
             hold.release.set()

@@ -12,6 +12,8 @@ import pytest
 from twisted.internet.defer import gatherResults
 from twisted.internet.task import Clock
 
+import ociregistry.store.partials
+import ociregistry.store.store
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.blobs import open_blob
 from ociregistry.store.files import Files, SharedFile
@@ -20,6 +22,7 @@ from ociregistry.store.store import Store
 from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PullsFolder
 from tests.unit.support.common import REACTOR, fired, on_reactor, open_descriptors, until
+from tests.unit.support.power_cuts import InlineThreads, result
 
 DATA = bytes(range(256)) * 100
 DIGEST = Digest.of(DATA)
@@ -210,6 +213,44 @@ async def test_no_descriptor_is_left_open(store: Store) -> None:
     # A thread releases its lease just after it returned its result.
     # The store keeps the blob itself open.
     await until(lambda: open_descriptors() <= before + 1)
+
+
+class Synced(Files):
+    """A disk that keeps the size of each file that was synced."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def sync_data(self, file: SharedFile) -> None:
+        self.sizes.append(file.size())
+        super().sync_data(file)
+
+
+def test_partial_is_synced_at_intervals(open_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After enough bytes, but not twice in a second; after 30 s, however few they are."""
+    monkeypatch.setattr(ociregistry.store.partials, "_SYNC_BYTES", 100)
+    monkeypatch.setattr(ociregistry.store.store, "Threads", InlineThreads)
+    disk, clock = Synced(), Clock()
+    partial = result(open_store(files=disk).new_partial(DIGEST, len(DATA), SOURCE))
+
+    def synced(seconds: float, count: int) -> list[int]:
+        """Append that many bytes after so many seconds; return the sizes of the file that were synced."""
+        clock.advance(seconds)
+        result(partial.append(DATA[partial.length : partial.length + count]))
+        disk.sizes.clear()
+        partial.checkpoint(clock)
+        return list(disk.sizes)
+
+    assert synced(0, 1000) == []
+    assert synced(0.9, 1000) == []
+    assert synced(0.1, 1) == [2001]
+    assert synced(0.9, 1000) == []
+    assert synced(0.2, 1) == [3002]
+    assert synced(29, 99) == []
+    assert synced(1, 0) == [3101]
+    assert synced(29, 99) == []
+    assert synced(0, 1) == [3201]
+    partial.close()
 
 
 class Full(Files):

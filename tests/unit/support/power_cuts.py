@@ -167,6 +167,7 @@ class Machine:
             expected.written = {partial.length}
             before, done = expected.durable, len(self.files.operations)
             expected.durable = {*before, partial.length}
+            clock.advance(1)
             partial.checkpoint(clock)
             # An unexpected failure is not reported otherwise.
             if self.files.off:
