@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import twisted
-from bench.speed_client import Wrk
+from bench.speed_client import Connection, Wrk
 from bench.speed_servers import Part
 from tests.client import ask, connect
 from tests.images import Image, make_image
@@ -140,14 +140,15 @@ class Work:
         self, daemon: Daemon, images: Sequence[tuple[str, Image]], seconds: float, ended: threading.Event
     ) -> None:
         began = time.monotonic()
-        with closing(connect(daemon.url)) as connection:
+        with closing(Connection(daemon.url, None)) as connection:
             for number, (name, image) in enumerate(images):
                 if ended.wait(max(0.0, began + number * seconds / self._images - time.monotonic())):
                     return
-                for path in ("manifests/1", *(f"blobs/{blob.digest}" for blob in image.blobs)):
-                    url = f"{daemon.url}/v2/{name}/{path}?ns={self._upstream.host}"
-                    if ask(connection, url).status != 200:
-                        raise RuntimeError(f"{url} failed")
+                for path, data in (
+                    ("manifests/1", image.manifest.data),
+                    *((f"blobs/{blob.digest}", blob.data) for blob in image.blobs),
+                ):
+                    connection.receive(f"{daemon.url}/v2/{name}/{path}?ns={self._upstream.host}", len(data))
                 self.pulled += 1
 
 

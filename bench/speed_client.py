@@ -116,6 +116,17 @@ class Connection:
         self._is_last = "connection: close" in headers
         return body
 
+    def receive(self, url: str, size: int) -> None:
+        """Send a request, and receive the whole answer.
+
+        Raises:
+            RuntimeError: the answer is not 200 with `size` bytes, or ends early.
+        """
+        left = size - len(self.request(url, size))
+        buffer = bytearray(min(left, _PIECE))
+        while left:
+            left -= self.discard(left, buffer)
+
     def discard(self, count: int, buffer: bytearray) -> int:
         """Receive at most `count` bytes, and forget them; return how many.
 

@@ -18,6 +18,11 @@ def raise_file_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def most_descriptors() -> int:
+    """Return how many file descriptors this process may have once its limit is raised."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT = 16 * 1024 * 1024
 """Bytes."""

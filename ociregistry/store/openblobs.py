@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from cachetools import Cache, LRUCache
+from cachetools import LRUCache
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
 from ociregistry.names import Digest
-from ociregistry.process import descriptors_are_scarce
+from ociregistry.process import descriptors_are_scarce, most_descriptors
 from ociregistry.store.files import SharedFile
 from ociregistry.store.threads import Threads
 
-_MOST = 256
-"""Files that are kept open."""
+_MOST = 2048
+"""Files that are kept open, if the process may have four times as many: a second's look at all takes 4 ms."""
 _LOOK_EVERY = 1.0
 """Seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """What stays the same while a name leads to the same file."""
 
     device: int
@@ -41,6 +41,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class _OpenBlob:
+    digest: Digest
     path: Path
     file: SharedFile
     identity: Identity
@@ -52,15 +53,16 @@ class _Files(LRUCache[Digest, _OpenBlob]):
     def __init__(self, most: int, close: Callable[[int], object]) -> None:
         super().__init__(most)
         self._close = close
+        self.all: dict[Digest, _OpenBlob] = {}
+        """The same files; to look at them here is no use of them."""
+
+    def __setitem__(self, digest: Digest, kept: _OpenBlob) -> None:
+        super().__setitem__(digest, kept)
+        self.all[digest] = kept
 
     def __delitem__(self, digest: Digest) -> None:
-        dropped = self[digest]
         super().__delitem__(digest)
-        dropped.file.release(self._close)
-
-    def all(self) -> dict[Digest, _OpenBlob]:
-        """Return all files, which does not count as a use of them."""
-        return {digest: Cache.__getitem__(self, digest) for digest in self}
+        self.all.pop(digest).file.release(self._close)
 
 
 class OpenBlobs:
@@ -72,7 +74,7 @@ class OpenBlobs:
 
     def __init__(self, threads: Threads, clock: IReactorTime, most: int = _MOST) -> None:
         self._threads = threads
-        self._files = _Files(most, threads.close)
+        self._files = _Files(min(most, most_descriptors() // 4), threads.close)
         self.forgotten = 0
         """Grows each time that files were removed or replaced: one that was opened before is not to be kept."""
         self._loop = LoopingCall(self._look)
@@ -99,7 +101,7 @@ class OpenBlobs:
         """
         if self._loop.running and forgotten == self.forgotten and not descriptors_are_scarce():
             self._drop([digest])
-            self._files[digest] = _OpenBlob(path, file.lease(), identity)
+            self._files[digest] = _OpenBlob(digest, path, file.lease(), identity)
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Close the files of these blobs, which were removed or replaced, if they are open."""
@@ -114,20 +116,16 @@ class OpenBlobs:
     def _look(self) -> Deferred[None]:
         if descriptors_are_scarce():
             self._drop(list(self._files))
-        seen = self._files.all()
-        looked = self._threads.read(_changed, {kept.path: kept.identity for kept in seen.values()})
+        return self._threads.read(_changed, list(self._files.all.values())).addCallback(self._forget_changed)
 
-        def forget(changed: frozenset[Path]) -> None:
-            # A file that was opened meanwhile is looked at next time.
-            now = self._files.all()
-            self._drop([digest for digest, kept in seen.items() if kept.path in changed and now.get(digest) is kept])
-
-        return looked.addCallback(forget)
+    def _forget_changed(self, changed: Iterable[_OpenBlob]) -> None:
+        # A file that was opened meanwhile is looked at next time.
+        self._drop([kept.digest for kept in changed if self._files.all.get(kept.digest) is kept])
 
 
-def _changed(files: Mapping[Path, Identity]) -> frozenset[Path]:
-    """Return those of the paths that lead to other files than before. Blocks."""
-    return frozenset(path for path, identity in files.items() if _identity_at(path) != identity)
+def _changed(files: Iterable[_OpenBlob]) -> list[_OpenBlob]:
+    """Return those of which the path leads to another file than before. Blocks."""
+    return [kept for kept in files if _identity_at(kept.path) != kept.identity]
 
 
 def _identity_at(path: Path) -> Identity | None:

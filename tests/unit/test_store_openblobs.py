@@ -262,11 +262,16 @@ def file_of(folder: Path, digest: Digest) -> SharedFile:
     return open_regular(folder / digest.hex)
 
 
+@pytest.mark.parametrize(("most", "descriptors"), [(3, 1000), (1000, 15)])
 @on_reactor
-async def test_the_blobs_that_were_used_last_are_kept(tmp_path: Path, clock: Clock) -> None:
+async def test_the_blobs_that_were_used_last_are_kept(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, most: int, descriptors: int
+) -> None:
+    """No more than a quarter of the descriptors is used for them."""
+    monkeypatch.setattr(openblobs, "most_descriptors", lambda: descriptors)
     threads = Threads(REACTOR, clock)
     threads.start()
-    kept = OpenBlobs(threads, clock, most=3)
+    kept = OpenBlobs(threads, clock, most)
     kept.start()
     digests = [Digest.of(bytes([number])) for number in range(5)]
     try:
