@@ -17,6 +17,7 @@ from twisted.logger import FileLogObserver, ILogObserver, LegacyLogObserverWrapp
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.python.components import Componentized
+from twisted.python.failure import Failure
 from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
@@ -247,8 +248,12 @@ class Daemon(MultiService):
     def reload(self) -> Deferred[None]:
         """Read the settings again, in a thread, and apply them; keep the old ones if they are invalid."""
         reloaded = self._reloading.run(lambda: Deferred.fromCoroutine(self._reload()))
-        reloaded.addErrback(lambda failure: _log.failure("a defect in reloading the settings", failure))
+        reloaded.addErrback(self._note_defect)
         return reloaded.addCallback(lambda _: self._systemd.reloaded())
+
+    def _note_defect(self, failure: Failure) -> None:
+        self._reload_failed = f"a defect in reloading the settings: {type(failure.value).__name__}: {failure.value}"
+        _log.failure("a defect in reloading the settings", failure)
 
     async def _reload(self) -> None:
         self._systemd.reloading()

@@ -67,7 +67,7 @@ class Content(Protocol):
 class FileContent(Content, Protocol):
     """Content that is in a file."""
 
-    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset`, which must be readable, to the socket `to`.
 
         Fires with the number of bytes that were sent, 0 if the socket takes none at present. Fails with `EOFError`

@@ -50,7 +50,7 @@ class Incomplete:
     images: int
     """Images that lack blobs, including those that are still undecided."""
     bytes: int
-    """The size of all known missing blobs."""
+    """The size of all known missing blobs, each counted once."""
     pending: int = 0
     """Undecided images: it is still open whether they are wanted."""
     indexes: int = 0
@@ -86,8 +86,8 @@ class Completion(Service):
         self._clock = clock
         self._metadata = metadata
         self._policy = policy
-        self._missing: dict[Digest, int] = {}
-        """Wanted images, and the number of bytes that each lacks."""
+        self._missing: dict[Digest, Mapping[Digest, int]] = {}
+        """Wanted images -> the blobs that each lacks, with their sizes in bytes."""
         self._refused: dict[Digest, dict[Upstream, float]] = {}
         """Images left incomplete -> the upstreams that refused blobs of them, and when (clock seconds)."""
         self._too_large: TTLCache[Digest, None, float] = TTLCache(
@@ -129,12 +129,16 @@ class Completion(Service):
         """What is known to be missing."""
         known = self._store.pending.keys() | self._store.undecided.keys() | self._missing.keys()
         indexes = self._metadata.incomplete if self._metadata else 0
-        return Incomplete(len(known), sum(self._missing.values()), len(self._store.undecided), indexes)
+        # Images share blobs.
+        blobs: dict[Digest, int] = {}
+        for missing in self._missing.values():
+            blobs.update(missing)
+        return Incomplete(len(known), sum(blobs.values()), len(self._store.undecided), indexes)
 
     @property
     def missing(self) -> Mapping[Digest, int]:
         """The wanted images that lack blobs, and the number of bytes that each lacks."""
-        return self._missing
+        return {image: sum(missing.values()) for image, missing in self._missing.items()}
 
     def startService(self) -> None:
         """Check the whole store for missing blobs, and continue with the pending images of the last run."""
@@ -209,7 +213,7 @@ class Completion(Service):
         """Note the missing blobs of an image, and request them unless the upstream refused them recently."""
         if digest in self._store.pending:
             return
-        self._missing[digest] = sum(missing.values())
+        self._missing[digest] = missing
         if digest in self._being_checked:
             return
         repository = self._untried(digest)
@@ -315,7 +319,7 @@ class Completion(Service):
         finally:
             self._being_checked.discard(digest)
         if missing:
-            self._missing[digest] = sum(missing.values())
+            self._missing[digest] = missing
         source = self._source(digest, repository)
         if lacks and self._completes(digest, source):
             await self._request(digest, source)

@@ -340,7 +340,7 @@ class DownloadReader:
 class LargeReader(DownloadReader):
     """Reads a download that is in a file."""
 
-    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset`, which must be readable, to a socket; give their number."""
         assert isinstance(self._file, PartialReader)
         return self._file.send(to, offset, count, in_thread=in_thread)

@@ -75,7 +75,7 @@ class StoredBlob:
         reading = maybeDeferred(self._threads.read_at, self._file, self._path, offset, count)
         return reading.addErrback(self._cannot_read, offset)
 
-    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset` to a socket, as `Threads.send_at` does.
 
         Raises:

@@ -476,7 +476,7 @@ class PartialReader:
         """Read at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
         return self._threads.read_at(self._file, self._path, offset, count)
 
-    def send(self, to: int, offset: int, count: int, *, in_thread: bool = False) -> Deferred[int]:
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset`, as `read` does, to the socket `to`; give their number."""
         return self._threads.send_at(self._file, self._path, offset, count, to, in_thread=in_thread)
 

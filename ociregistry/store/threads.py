@@ -200,7 +200,7 @@ class Threads:
         return self.read_file(path, lambda: read_written(descriptor, count, offset), leases=(file.lease(),))
 
     def send_at(
-        self, file: SharedFile, path: Path, offset: int, count: int, to: int, *, in_thread: bool = False
+        self, file: SharedFile, path: Path, offset: int, count: int, to: int, *, in_thread: bool
     ) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset` of `file`, opened at `path`, to the socket `to`.
 

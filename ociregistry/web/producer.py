@@ -24,7 +24,7 @@ _LARGEST_PIECE = 256 * 1024
 """Bytes per write: large enough to make the work per write negligible."""
 _SMALLEST_PIECE = 16 * 1024
 """Bytes per write where memory is scarce."""
-_FAST = 512 * 1024
+_TAKEN_AT_ONCE = 512 * 1024
 """Bytes that a client takes at once if a thread is to send to it: for less, a thread costs several times as much."""
 
 SLOWEST = 60.0
@@ -166,7 +166,7 @@ class ContentProducer:
         with self._channel.whole_packets():
             in_thread = self._is_fast and len(self._transfers) > 1
             sent = await content.send(socket, start, count, in_thread=in_thread)
-        self._is_fast = sent >= _FAST
+        self._is_fast = sent >= _TAKEN_AT_ONCE
         return sent
 
     async def _write(self, start: int, count: int) -> int:

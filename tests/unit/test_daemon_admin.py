@@ -441,6 +441,22 @@ async def test_failed_reload_is_told_until_one_succeeds(
     assert await reloaded("allow_upstreams: quay.io\n") == ("ok", None, 1)
 
 
+@pytest.mark.expect_logged_failures
+@on_reactor
+async def test_reload_that_ends_with_a_defect_has_failed(
+    daemons: Daemons, network: Network, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = daemons.start(*ANYWHERE)
+    monkeypatch.setattr(daemon, "_reconfigure", lambda settings: 1 / 0)
+    await daemon.reload()
+    told = await status(network, events)
+    why = "a defect in reloading the settings: ZeroDivisionError: division by zero"
+    assert (told["status"], told["reload_failed"]) == ("degraded", why)
+    monkeypatch.undo()
+    await daemon.reload()
+    assert (await status(network, events))["status"] == "ok"
+
+
 @on_reactor
 async def test_page_tells_a_failed_reload_of_a_file_whose_name_is_not_utf_8(
     daemons: Daemons, network: Network, events: list[LogEvent], tmp_path: Path

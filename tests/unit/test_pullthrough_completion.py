@@ -19,6 +19,7 @@ from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.completions import (
     APP,
+    BASE,
     CONFIG,
     ELSEWHERE,
     IMAGE,
@@ -282,6 +283,20 @@ async def test_image_added_during_work_is_counted(
     await until(lambda: blob_fetcher.asked)
     await pulled(completion, store, OTHER, str(ELSEWHERE))
     assert completion.incomplete == Incomplete(2, sum(SIZES.values()))
+
+
+@on_reactor
+async def test_missing_blob_of_two_images_is_counted_once(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
+    other = manifest(make_image("sibling", base=BASE))
+    await pulled(completion, store)
+    await until(lambda: blob_fetcher.asked)
+    await pulled(completion, store, other, str(ELSEWHERE))
+    first, second = ({blob.digest: blob.size for blob in one.blobs} for one in (IMAGE, other))
+    assert LARGE in first.keys() & second.keys()
+    assert completion.incomplete == Incomplete(2, sum({**first, **second}.values()))
+    assert completion.missing == {IMAGE.digest: sum(first.values()), other.digest: sum(second.values())}
 
 
 @on_reactor

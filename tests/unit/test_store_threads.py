@@ -211,7 +211,7 @@ async def test_threads_that_send_are_as_many_as_the_cores(
         sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=True) for _ in range(cores + 3)]
         await until(lambda: disk.began == cores)
         assert open_descriptors() - before == cores
-        assert await threads.send_at(file, path, 0, 7, ours.fileno()) == 7
+        assert await threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=False) == 7
         assert theirs.recv(100) == b"content"
         assert await threads.read_file(OTHER, lambda: b"read") == b"read"
         gone = sending.pop()

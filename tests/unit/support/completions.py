@@ -14,7 +14,8 @@ from tests.images import make_image
 from tests.unit.support.common import image, manifest, until
 
 # The manifest lists the large layer before the small one.
-BUILT = make_image("image", layers=1, base=make_image("base", layers=1, layer_size=50_000))
+BASE = make_image("base", layers=1, layer_size=50_000)
+BUILT = make_image("image", layers=1, base=BASE)
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
 CONFIG, LARGE, SMALL = (Digest(blob.digest) for blob in BUILT.blobs)
 SIZES = {blob.digest: blob.size for blob in (*IMAGE.blobs, *OTHER.blobs)}
