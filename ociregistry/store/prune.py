@@ -314,17 +314,10 @@ def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None)
         except OSError as error:
             if not is_full(error):
                 raise
-            gone: set[Digest] = set()
-            for batch in prune_set.before_rewriting():
-                _remove_records(root, batch, files)
-                gone |= {stored.manifest.digest for stored in batch}
-            left = {stored.manifest.digest for stored in going} - gone
-            _forget_pruned(root, [stored.manifest for stored in going if stored.manifest.digest in gone], left, files)
-            snapshot.refresh()
+            gone = _remove_first(prune_set, going, snapshot, files)
             _remove_unnamed(blobs, snapshot, files)
             files.sync_folder(blobs_folder(root))
-            staying = [one for one in rewriting if one[1].manifest.digest not in gone]
-            _rewrite(root, staying, files)
+            _rewrite(root, [one for one in rewriting if one[1].manifest.digest not in gone], files)
         for stored in prune_set.misdated:
             with suppress(FileNotFoundError):
                 note_time(stored.path, snapshot.now.timestamp())
@@ -334,6 +327,24 @@ def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None)
             files.unlink(path)
     _remove_blobs(blobs, snapshot, files)
     return plan
+
+
+def _remove_first(
+    prune_set: PruneSet, going: Collection[StoredRecord], snapshot: Snapshot, files: Files
+) -> Set[Digest]:
+    """Remove those of the records `going` that can go before others are rewritten; return them.
+
+    The snapshot is fresh then.
+    """
+    gone: set[Digest] = set()
+    for batch in prune_set.before_rewriting():
+        _remove_records(snapshot.root, batch, files)
+        gone |= {stored.manifest.digest for stored in batch}
+    left = {stored.manifest.digest for stored in going} - gone
+    removed = [stored.manifest for stored in going if stored.manifest.digest in gone]
+    _forget_pruned(snapshot.root, removed, left, files)
+    snapshot.refresh()
+    return gone
 
 
 def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: Files) -> None:
@@ -451,17 +462,25 @@ class EvictionPolicy:
     def __call__(self, snapshot: Snapshot) -> PruneSet:
         """Return what is to be pruned from `snapshot`. Blocks, as it looks at the blobs."""
         prune_set = PruneSet(snapshot)
-        freed = _Freed(snapshot, prune_set)
-        size = size_of(snapshot) if self.max_size is not None else 0
-        excess = size - _ENOUGH * self.max_size if self.max_size is not None and size > self.max_size else 0
+        freed, excess = _Freed(snapshot, prune_set), self._excess(snapshot)
         candidates = sorted(self._candidates(snapshot), key=lambda one: (snapshot.pulled(one), one))
         unused = self._unused(candidates, snapshot)
         prune_set.withheld = self._withheld(unused, snapshot)
-        prune_set.misdated = self._misdated(snapshot) if prune_set.withheld is None else []
+        if prune_set.withheld is None:
+            prune_set.misdated = self._misdated(snapshot)
+        else:
+            unused = frozenset()
         for digest in candidates:
-            if (digest in unused and prune_set.withheld is None) or freed.bytes() < excess:
+            if digest in unused or freed.bytes() < excess:
                 prune_set.take_record(digest)
         return prune_set
+
+    def _excess(self, snapshot: Snapshot) -> float:
+        """Return the bytes that have to become free because the store is larger than its maximum; 0 if it is not."""
+        if self.max_size is None:
+            return 0
+        size = size_of(snapshot)
+        return size - _ENOUGH * self.max_size if size > self.max_size else 0
 
     def _unused(self, candidates: Collection[Digest], snapshot: Snapshot) -> Set[Digest]:
         if self.pulled_before is None:
