@@ -124,8 +124,7 @@ class PruneSet:
         images = self._noted(digest)
         dates = images.pop(noted, None)
         if dates is not None:
-            known = images.get(url, dates)
-            images[url] = Dates(min(known.created, dates.created), max(known.confirmed, dates.confirmed))
+            images[url] = images.get(url, dates).merged(dates)
 
     def _leave(self, digest: Digest, repository: str) -> None:
         """Remove the image URL by digest of a child from `repository`, if no index with it is left there.

@@ -64,6 +64,10 @@ class Dates:
         """
         return cls(_time(created), _time(confirmed))
 
+    def merged(self, other: Dates) -> Dates:
+        """Return the earlier creation and the later confirmation of the two."""
+        return Dates(min(self.created, other.created), max(self.confirmed, other.confirmed))
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -91,9 +95,10 @@ class Record:
         The earliest creation and the latest confirmation are kept. With `current`, `confirmed` is the time now, and a
         later one is dropped: a clock was wrong when it was noted. An image that is wanted stays wanted.
         """
-        known = self.images.get(str(image), Dates(created or confirmed, confirmed))
-        latest = confirmed if current else max(known.confirmed, confirmed)
-        merged = Dates(min(known.created, created or confirmed), latest)
+        noted = Dates(created or confirmed, confirmed)
+        merged = self.images.get(str(image), noted).merged(noted)
+        if current:
+            merged = replace(merged, confirmed=confirmed)
         images = _bounded({**self.images, str(image): merged}, str(image))
         return replace(self, images=images, wanted=wanted or self.wanted)
 
@@ -101,8 +106,8 @@ class Record:
         """Return this record with its own digest noted instead of a tag that means another manifest by now."""
         images = dict(self.images)
         dates = images.pop(str(tagged))
-        by_digest = replace(self, images=images)
-        return by_digest.confirm(replace(tagged, reference=self.manifest.digest), dates.confirmed, dates.created)
+        untagged = replace(self, images=images)
+        return untagged.confirm(replace(tagged, reference=self.manifest.digest), dates.confirmed, dates.created)
 
     def means(self, image: ImageReference) -> bool:
         """Tell whether `image` is this manifest: a digest in any repository, a tag only where it is noted."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from datetime import UTC, datetime
+from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -186,7 +187,8 @@ class Snapshot:
                 url = noted if self.index.meaning(noted) == digest else by_digest(noted, digest)
                 notes[url] = (*notes.get(url, ()), noted)
             for url, of_url in notes.items():
-                yield Row(url, of_url, images.get(url) or _merged([images[noted] for noted in of_url]), stored)
+                dates = images.get(url) or reduce(Dates.merged, (images[noted] for noted in of_url))
+                yield Row(url, of_url, dates, stored)
 
     def is_metadata(self, digest: Digest) -> bool:
         """Tell whether an image is here only because an index names it: its layers are not wanted. Blocks."""
@@ -247,10 +249,6 @@ class Snapshot:
         """Return the size of a blob in bytes, or None if it is missing. Blocks."""
         # A path as text: making a Path takes longer than the stat.
         return size_of_blob(f"{self._blobs}/{digest.hex}")
-
-
-def _merged(dates: Sequence[Dates]) -> Dates:
-    return Dates(min(one.created for one in dates), max(one.confirmed for one in dates))
 
 
 def _mentioned(path: Path) -> frozenset[str]:
