@@ -13,7 +13,7 @@ from ociregistry.errors import RegistryError, Unavailable, cannot_store
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.files import FileReplaced
-from ociregistry.store.partials import DigestMismatch, PartialReader
+from ociregistry.store.partials import DigestMismatch, PartialReader, known_size
 from ociregistry.store.smallblobs import AnyPartial, MemoryReader, is_small
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
@@ -222,7 +222,7 @@ class Download:
             # A blob that does not fit is refused before the upstream is asked.
             partial = await self._store.old_partial(self.digest, self.expected)
             start = partial.length if partial is not None else 0
-            known = self.expected if self.expected is not None or partial is None else partial.size
+            known = known_size(partial, self.expected)
             if partial is None or start != known:
                 # The first answer tells whether the blob exists; without a size from a manifest, clients wait for it.
                 stream = await self._first(start, known)
@@ -230,11 +230,7 @@ class Download:
             if size != known:
                 await self._store.check_room(None if size is None else max(0, size - start))
             if partial is None:
-                mirrored = stream is not None and stream.source.is_mirror
-                if is_small(size):
-                    partial = self._store.small_partial(self.digest, size, self.repository, mirrored=mirrored)
-                else:
-                    partial = await self._store.new_partial(self.digest, size, self.repository, mirrored=mirrored)
+                partial = await self._new_partial(size, mirrored=stream is not None and stream.source.is_mirror)
             self._partial, self._resumed_at, self.size = partial, partial.length, size
             self._open_early(partial)
             self._changed.fire()
@@ -251,6 +247,11 @@ class Download:
                 stream.body.abort()
             if partial is not None:
                 partial.close()
+
+    async def _new_partial(self, size: int | None, *, mirrored: bool) -> AnyPartial:
+        if is_small(size):
+            return self._store.small_partial(self.digest, size, self.repository, mirrored=mirrored)
+        return await self._store.new_partial(self.digest, size, self.repository, mirrored=mirrored)
 
     def _open_early(self, partial: AnyPartial) -> None:
         """Give the early readers their file."""

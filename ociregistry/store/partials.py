@@ -464,6 +464,11 @@ class Partial:
         return self._threads.write(run)
 
 
+def known_size(partial: Partial | None, expected: int | None) -> int | None:
+    """Return the size of the whole blob in bytes: what a manifest tells, `expected`, else what the partial notes."""
+    return expected if expected is not None or partial is None else partial.size
+
+
 class PartialReader:
     """Reads what a partial has so far."""
 

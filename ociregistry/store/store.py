@@ -24,7 +24,7 @@ from ociregistry.store.index import Entry, Index
 from ociregistry.store.listing import Images
 from ociregistry.store.lookups import Lookups
 from ociregistry.store.orphans import remove_partials
-from ociregistry.store.partials import Partial
+from ociregistry.store.partials import Partial, known_size
 from ociregistry.store.paths import STAGED_SUFFIX, pulls_folder
 from ociregistry.store.pending import PendingImages
 from ociregistry.store.prune import Choose, Plan, prune
@@ -471,10 +471,9 @@ class Store(Lookups, Service):
                 partial.remove()
                 partial.close()
                 partial = None
-            start, known = (partial.length, partial.size) if partial is not None else (0, size)
-            known = size if known is None else known
-            if partial is None or start != known:
-                self._space.check_now(None if known is None else max(0, known - start))
+            here, known = partial.length if partial is not None else 0, known_size(partial, size)
+            if partial is None or here != known:
+                self._space.check_now(None if known is None else max(0, known - here))
         except BaseException:
             if partial is not None:
                 partial.close()
