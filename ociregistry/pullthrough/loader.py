@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.defer import (
@@ -285,9 +285,7 @@ class Loader:
             for digest, size in lacking.items()
         ]
         # Wait for all of them, also when one fails: a blob that was begun is completed.
-        for succeeded, result in await DeferredList(fetching[::-1], consumeErrors=True):
-            if not succeeded:
-                cast(Failure, result).raiseException()
+        await DeferredList(fetching[::-1], consumeErrors=True).addCallback(_raise_first_failure)
         await self._load_foreign_layers(repository, manifest, state)
         if not manifest.is_list:
             # Only now: a daemon on the same store would fetch the blobs of a wanted image at the same time.

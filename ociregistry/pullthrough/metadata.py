@@ -93,11 +93,10 @@ class Metadata:
         """
         ordered = sorted(children, key=lambda child: child.digest not in first)
         candidates = [child for child in ordered[:_MOST_CHILDREN] if child.media_type in MEDIA_TYPES]
-        digests = [
-            child.digest for child in candidates if ImageReference(repository, child.digest) not in self._unknown
-        ]
         if self.gave_up(index, repository):
-            digests = []
+            candidates = []
+        known = (child.digest for child in candidates)
+        digests = [digest for digest in known if ImageReference(repository, digest) not in self._unknown]
         missing = await self._store.lacking_metadata(dict.fromkeys(digests))
         self.forget(index)
         if missing:
@@ -130,24 +129,25 @@ class Metadata:
             return waiting.until - self._clock.seconds()
         index = queue.popleft()
         child = index.missing.popleft()
+        image = ImageReference(index.repository, child)
         # Back to the end of the queue: the indexes take turns.
         if index.missing:
             queue.append(index)
         elif not queue:
             del self._queues[upstream]
         try:
-            await self._fetch(ImageReference(index.repository, child))
+            await self._fetch(image)
         except (ManifestUnknown, BlobUnknown, Denied) as error:
             _log.debug("{image}: platform skipped: {why}", image=index.digest, why=error.message)
-            self._mark_unknown(ImageReference(index.repository, child))
+            self._mark_unknown(image)
             self._count_unknown(index)
         except Unavailable as error:
             _log.debug("{image}: platform still missing: {why}", image=index.digest, why=error.message)
-            if not self._count_failure(ImageReference(index.repository, child), error):
+            if not self._count_failure(image, error):
                 self._requeue(upstream, index, child)
             return self._back_off(upstream, error)
         self._waits.pop(upstream, None)
-        self._failures.pop(ImageReference(index.repository, child), None)
+        self._failures.pop(image, None)
         return 0.0
 
     async def _fetch(self, image: ImageReference) -> None:

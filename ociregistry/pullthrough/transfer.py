@@ -299,19 +299,19 @@ class Connections:
     ) -> int:
         if partial.mirrored and stream.source.distrusts_mirrors:
             raise BlobMismatch(f"{self}: bytes of a mirror are not continued, as a mirror has sent wrong content")
-        at = stream.start
         self._flowing = True
         self._note_priority()
         try:
-            return await self._read_all(stream, at, partial, size, changed)
+            return await self._read_all(stream, partial, size, changed)
         finally:
             self._flowing = False
             self._note_priority()
 
     async def _read_all(
-        self, stream: BlobStream, at: int, partial: AnyPartial, size: int | None, changed: Callable[[], object]
+        self, stream: BlobStream, partial: AnyPartial, size: int | None, changed: Callable[[], object]
     ) -> int:
-        most = _LARGEST_UNKNOWN if size is None else size
+        """Append what comes to `partial`; return the offset at which the body ended."""
+        at, most = stream.start, _LARGEST_UNKNOWN if size is None else size
         while pieces := await stream.body.read_pieces():
             # An upstream without range support sends the blob from its start: skip the bytes that are stored already.
             count = sum(map(len, pieces))
@@ -348,8 +348,8 @@ class Connections:
             self._check_awaited()
             await self._wait_for_turn()
             try:
-                urgent = Priority.URGENT if self.priority is Priority.CLIENT else self.priority
-                return await self._open(start, size, urgent, _HEADERS_TIMEOUT)
+                priority = Priority.URGENT if self.priority is Priority.CLIENT else self.priority
+                return await self._open(start, size, priority, _HEADERS_TIMEOUT)
             except BlobMismatch:
                 raise
             except Unavailable as error:
