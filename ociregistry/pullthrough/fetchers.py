@@ -26,8 +26,8 @@ T = TypeVar("T")
 _SLOW = 8.0
 """Seconds after which a failure means that the upstream is slow; after a faster failure, a retry is useless."""
 _PATIENT = Context(patient=True)
-_LOOK_AGAIN = 0.05
-"""Seconds from one check of the store to the next."""
+_CHECK_AGAIN = 0.05
+"""Seconds from one check of whether the store has a blob to the next."""
 
 Advance = Callable[[int], object]
 """A callback that is called with the number of bytes received since its last call."""
@@ -75,7 +75,7 @@ class CacheFetcher:
     def __init__(self, cache: PullThrough, listings: Listings, patience: float, clock: IReactorTime) -> None:
         self._cache = cache
         self._listings = listings
-        self._seconds = patience
+        self._patience = patience
         self._clock = clock
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
@@ -100,11 +100,11 @@ class CacheFetcher:
         try:
             at = 0
             while at < size:
-                coming = found.content.more_than(at).addTimeout(self._seconds, self._clock)
+                coming = found.content.more_than(at).addTimeout(self._patience, self._clock)
                 try:
                     upto = await coming
                 except defer.TimeoutError:
-                    raise Unavailable(f"{what}: no byte came for {self._seconds:g} s") from None
+                    raise Unavailable(f"{what}: no byte came for {self._patience:g} s") from None
                 advance(upto - at)
                 at = upto
         finally:
@@ -117,14 +117,14 @@ class CacheFetcher:
         Raises:
             RegistryError: it failed; `Unavailable` where there was no answer in time.
         """
-        patience = IdleTimeout(self._seconds, self._clock)
+        idle = IdleTimeout(self._patience, self._clock)
         while True:
             try:
-                return await Deferred.fromCoroutine(ask()).addTimeout(patience.left, self._clock)
+                return await Deferred.fromCoroutine(ask()).addTimeout(idle.left, self._clock)
             except DeadlineExceeded:
                 continue
             except defer.TimeoutError:
-                raise Unavailable(f"{what}: the upstream gave no answer within {self._seconds:g} s") from None
+                raise Unavailable(f"{what}: the upstream gave no answer within {self._patience:g} s") from None
 
 
 class BackgroundFetcher(CacheFetcher):
@@ -170,7 +170,7 @@ class DaemonFetcher:
         self._check = check
         self._store = store
         self._daemon = daemon
-        self._seconds = patience
+        self._patience = patience
         self._clock = clock
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
@@ -179,13 +179,13 @@ class DaemonFetcher:
         if stored is not None:
             return FoundManifest(stored, CacheStatus.HIT)
         self._check(image.repository.upstream)
-        patience = IdleTimeout(self._seconds, self._clock)
+        idle = IdleTimeout(self._patience, self._clock)
         while True:
             began = self._clock.seconds()
             try:
                 return FoundManifest(await self._daemon.manifest(image), CacheStatus.MISS)
             except Unavailable:
-                if self._clock.seconds() - began < _SLOW or patience.exhausted:
+                if self._clock.seconds() - began < _SLOW or idle.exhausted:
                     raise
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
@@ -199,7 +199,7 @@ class DaemonFetcher:
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
         """See `Fetcher.blob`."""
         self._check(repository.upstream)
-        patience = IdleTimeout(self._seconds, self._clock)
+        idle = IdleTimeout(self._patience, self._clock)
         at, done = 0, False
         while not done:
             began, before = self._clock.seconds(), at
@@ -208,16 +208,16 @@ class DaemonFetcher:
                 while data := await body.read():
                     at += len(data)
                     advance(len(data))
-                    patience.progress()
+                    idle.progress()
                 done = True
             except Unavailable:
                 # The daemon may wait longer for a slow upstream than this connection waits for the daemon.
-                if patience.exhausted or (at == before and self._clock.seconds() - began < _SLOW):
+                if idle.exhausted or (at == before and self._clock.seconds() - began < _SLOW):
                     raise
             finally:
                 body.abort()
         # The daemon sends the last byte once the digest is verified; it syncs and renames the blob after that.
         while not await self._store.holds(digest, size):
-            if patience.exhausted:
+            if idle.exhausted:
                 raise Unavailable(f"{repository}@{digest}: the daemon did not store it; its log says why")
-            await deferLater(self._clock, _LOOK_AGAIN)
+            await deferLater(self._clock, _CHECK_AGAIN)
