@@ -110,8 +110,8 @@ class Completion(Service):
         self._work: dict[Upstream, Deferred[None]] = {}
         self._begun: dict[Digest, ImageBlobs] = {}
         """Images that have had a turn."""
-        self._failed: dict[Digest, float] = {}
-        """Pending images whose upstream could not be asked, and when to ask it again (clock seconds)."""
+        self._put_off_until: dict[Digest, float] = {}
+        """Pending images that get no turn for now, as a try failed -> when they get the next one (clock seconds)."""
         self._stopped = False
         self._work_added = Event()
         self._has_new_work: set[Upstream] = set()
@@ -196,20 +196,20 @@ class Completion(Service):
             elif entry is None or not lacking.get(digest):
                 if entry is None and digest in self._store.pending:
                     await self.drop(digest)
-                self._is_complete(digest)
+                self._note_complete(digest)
                 if entry is None and self._metadata is not None:
                     # It may be an index that was removed while its metadata was being fetched.
                     self._metadata.forget(digest)
             else:
-                await self._is_incomplete(digest, lacking[digest])
+                await self._note_incomplete(digest, lacking[digest])
 
-    def _is_complete(self, digest: Digest) -> None:
+    def _note_complete(self, digest: Digest) -> None:
         """Note that an image lacks nothing, or is not wanted."""
         if digest not in self._store.pending:
             self._missing.pop(digest, None)
         self._refused.pop(digest, None)
 
-    async def _is_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
+    async def _note_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
         """Note the missing blobs of an image, and request them unless the upstream refused them recently."""
         if digest in self._store.pending:
             return
@@ -301,7 +301,7 @@ class Completion(Service):
         `hit` tells whether the store had it.
         """
         at = self._store.pending.get(digest)
-        if at is not None and at.upstream != repository.upstream and digest in self._failed:
+        if at is not None and at.upstream != repository.upstream and digest in self._put_off_until:
             # The upstream that the image waits for could not be asked.
             await self.drop(digest)
         if digest in self._store.pending or digest in self._being_checked:
@@ -389,7 +389,7 @@ class Completion(Service):
             wait = await self._fetch_metadata(upstream)
             if upstream in self._has_new_work or self._due(upstream):
                 continue
-            again = [self._failed[digest] for digest, _ in self._pending_of(upstream)]
+            again = [self._put_off_until[digest] for digest, _ in self._pending_of(upstream)]
             waits = [min(again) - self._clock.seconds()] if again else []
             waits += [wait] if wait is not None else []
             if not waits:
@@ -401,12 +401,12 @@ class Completion(Service):
 
     def _due(self, upstream: Upstream) -> Sequence[tuple[Digest, Repository]]:
         """Return the pending images of an upstream without those that are put off."""
-        now = self._clock.seconds()
-        return [(digest, at) for digest, at in self._pending_of(upstream) if self._failed.get(digest, now) <= now]
+        now, until = self._clock.seconds(), self._put_off_until
+        return [(digest, at) for digest, at in self._pending_of(upstream) if until.get(digest, now) <= now]
 
     def _put_off(self, digest: Digest) -> None:
         """Give an image no turn for 30 s."""
-        self._failed[digest] = self._clock.seconds() + _AGAIN
+        self._put_off_until[digest] = self._clock.seconds() + _AGAIN
 
     async def _fetch_metadata(self, upstream: Upstream) -> float | None:
         """Fetch metadata until a pending image comes up; return the seconds to wait, None if nothing is missing."""
@@ -431,7 +431,7 @@ class Completion(Service):
             await self.drop(digest)
             return
         image = f"{repository}@{digest}"
-        begins = digest not in self._begun
+        is_first_turn = digest not in self._begun
         blobs = self._begun.setdefault(digest, ImageBlobs(digest, repository, self._store, self._fetch))
         try:
             await blobs.look()
@@ -439,7 +439,7 @@ class Completion(Service):
             _log.error("cannot check what {image} lacks: {why}", image=image, why=error.strerror)
             self._put_off(digest)
             return
-        if begins and blobs.missing:
+        if is_first_turn and blobs.missing:
             size = sum(blobs.missing.values())
             _log.info(
                 "completing {image}, missing: {what}",
@@ -448,14 +448,22 @@ class Completion(Service):
                 blobs=len(blobs.missing),
                 bytes=size,
             )
+
+        def lacks(missing: Mapping[Digest, int]) -> None:
+            self._missing[digest] = missing
+
         try:
-            more = await blobs.take_turn(lambda lacks: self._missing.__setitem__(digest, lacks))
+            more = await blobs.take_turn(lacks)
         except RegistryError as error:
             _log.debug("{image} is not complete yet: {why}", image=image, why=error.message)
             self._put_off(digest)
             return
-        if more:
-            return
+        if not more:
+            await self._end_completion(digest, repository, blobs)
+
+    async def _end_completion(self, digest: Digest, repository: Repository, blobs: ImageBlobs) -> None:
+        """End the completion of an image after its last turn; note what it still lacks because it was refused."""
+        image = f"{repository}@{digest}"
         if blobs.refused:
             _log.warn("{image} stays incomplete: {why}", image=image, why=blobs.refused)
             self._refused.setdefault(digest, {})[repository.upstream] = self._clock.seconds()
@@ -470,7 +478,7 @@ class Completion(Service):
     async def drop(self, digest: Digest) -> None:
         """Remove an image from the pending and undecided ones: no more of its blobs are fetched."""
         self._begun.pop(digest, None)
-        self._failed.pop(digest, None)
+        self._put_off_until.pop(digest, None)
         try:
             await self._store.remove_pending(digest)
         except OSError as error:

@@ -126,10 +126,9 @@ class Demand(Service):
         if entry is not None and entry.wanted:
             await self._completion.complete(image, repository, hit=hit)
         elif not any(self._requests(index).by_layer for index in indexes):
-            await self._wait(image, repository)
+            await self._note_undecided(image, repository)
 
-    async def _wait(self, image: Digest, repository: Repository) -> None:
-        """Record an image as undecided."""
+    async def _note_undecided(self, image: Digest, repository: Repository) -> None:
         try:
             await self._store.add_pending(image, repository, undecided=True)
         except OSError as error:

@@ -41,10 +41,7 @@ class Repairer:
         """Fetch a damaged file again; return why it failed, or the empty string."""
         if damaged.outcome is Outcome.IN_PLACE:
             return "it is still in its place: remove it, and repeat this"
-        try:
-            return await (self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
-        except OSError as error:
-            return f"cannot be stored: {error.strerror or error}"
+        return await _or_why_not_stored(self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
 
     async def complete(self, missing: Mapping[Digest, int]) -> str:
         """Fetch the missing blobs of an image, given with their sizes in bytes; after a few failures, not the rest.
@@ -59,10 +56,7 @@ class Repairer:
             if await self._store.holds(blob, size):
                 # The blob may have been fetched for another image meanwhile.
                 continue
-            try:
-                why = await self._blob(blob)
-            except OSError as error:
-                why = f"cannot be stored: {error.strerror or error}"
+            why = await _or_why_not_stored(self._blob(blob))
             failures += [why] if why else []
         return failures[0] if failures else ""
 
@@ -94,6 +88,14 @@ class Repairer:
                 await self._store.restore(found.manifest, dict(damaged.images), fetched, damaged.wanted)
             return ""
         return why
+
+
+async def _or_why_not_stored(repairing: Coroutine[Deferred[Any], Any, str]) -> str:
+    """Return the result of `repairing`, or why the disk failed meanwhile."""
+    try:
+        return await repairing
+    except OSError as error:
+        return f"cannot be stored: {error.strerror or error}"
 
 
 _BEING_PULLED = timedelta(minutes=10)
