@@ -30,11 +30,9 @@ from ociregistry.store.threads import Hung, Threads
 
 _log = Logger(namespace="ociregistry.store")
 
-TICK = 2_000_000_000
+_TICK = 2_000_000_000
 """Nanoseconds after a change of a folder during which a second change may not alter its mtime."""
-
-
-_FOR_ALL = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+_READABLE_BY_ALL = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
 
 class StoredBlob:
@@ -90,8 +88,9 @@ class StoredBlob:
 
     def _cannot_read(self, failure: Failure, offset: int) -> Failure:
         error = failure.value
-        passes = isinstance(error, Hung | ConnectionError)
-        if isinstance(error, OSError) and not passes and not is_out_of_descriptors(error):
+        # A disk that hangs and a connection that is lost are no faults of the file.
+        is_no_fault = isinstance(error, Hung | ConnectionError)
+        if isinstance(error, OSError) and not is_no_fault and not is_out_of_descriptors(error):
             # The log names the file.
             error.filename = str(self._path)
             self._failed(offset)
@@ -134,7 +133,7 @@ def size_of_blob(path: Path | str) -> int | None:
         return None
     mode = status.st_mode
     # Blobs that this program wrote can be read by everyone, so few need the second system call.
-    readable = stat.S_ISREG(mode) and (mode & _FOR_ALL == _FOR_ALL or os.access(path, os.R_OK))
+    readable = stat.S_ISREG(mode) and (mode & _READABLE_BY_ALL == _READABLE_BY_ALL or os.access(path, os.R_OK))
     return status.st_size if readable else None
 
 
@@ -142,6 +141,14 @@ def missing_blobs(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int
     """Return those of `blobs` that are not in `folder`, or not with these sizes in bytes. Blocks."""
     # Paths as text: with tens of thousands of blobs, making a Path for each takes longer than the stat.
     return {blob: size for blob, size in blobs.items() if size_of_blob(f"{folder}/{blob.hex}") != size}
+
+
+def is_settled(mtime: int) -> bool:
+    """Tell whether the next change of a folder is sure to alter its `mtime`, in nanoseconds.
+
+    It is not just after a change. An mtime in the future is from before the clock was set back: the next one differs.
+    """
+    return abs(time.time_ns() - mtime) > _TICK
 
 
 class BlobFolder:
@@ -164,9 +171,8 @@ class BlobFolder:
             seen = (status.st_dev, status.st_ino, status.st_mtime_ns)
             if seen == self._seen:
                 return frozenset()
-            # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
-            # An mtime in the future was set before the clock was set back.
-            self._seen = seen if abs(time.time_ns() - status.st_mtime_ns) > TICK else (0, 0, 0)
+            # Otherwise the folder is read once more.
+            self._seen = seen if is_settled(status.st_mtime_ns) else (0, 0, 0)
             with os.scandir(self._folder) as entries:
                 names = frozenset(entry.name for entry in entries)
         except FileNotFoundError:

@@ -67,7 +67,8 @@ class Listing:
         index = Index(lambda: now)
         for digest, entry in entries.items():
             index.put(digest, entry)
-        pulls = {digest_of(path): signature[2] for path, signature in seen.items() if signature != UNREAD}
+        read = {path: signature for path, signature in seen.items() if signature != UNREAD}
+        pulls = {digest_of(path): mtime for path, (_, _, mtime, _) in read.items()}
         images = sorted(_images(index, entries, pulls, now), key=attrgetter("url"))
         return cls({order: sorted(images, key=attrgetter(order.value)) for order in Order})
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
 from ociregistry.store.files import Files, SharedFile, hold, read_regular, reason
-from ociregistry.store.paths import NOTE_SUFFIX, STAGED_SUFFIX, blob_path, blobs_folder, pulls_folders
+from ociregistry.store.partials import Note
+from ociregistry.store.paths import STAGED_SUFFIX, blob_path, blobs_folder, note_path, pulls_folders
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.workdir import store_locked, wanted_blobs
-from ociregistry.strictjson import parse_json
 
 
 def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
@@ -67,7 +67,7 @@ def remove_partials(root: Path, wanted: Set[Digest], missing: int, files: Files)
 
 def _remove(path: Path, files: Files) -> None:
     files.unlink(path)
-    files.unlink(path.with_name(path.name + NOTE_SUFFIX))
+    files.unlink(note_path(path))
 
 
 def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]]:
@@ -129,9 +129,9 @@ def _unwritten(path: Path) -> Iterator[SharedFile | None]:
 
 
 def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        size = parse_json(read_regular(partial.with_name(partial.name + NOTE_SUFFIX)))["size"]
-        return size is not None and size_of_blob(blob_path(root, digest)) == size
+    with suppress(OSError):
+        note = Note.parse(read_regular(note_path(partial)))
+        return note is not None and note.size is not None and size_of_blob(blob_path(root, digest)) == note.size
     return False
 
 

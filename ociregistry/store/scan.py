@@ -20,7 +20,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ociregistry.names import Digest, is_hex_of_digest
-from ociregistry.store.blobs import TICK, BlobFolder
+from ociregistry.store.blobs import BlobFolder, is_settled
 from ociregistry.store.files import reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, record_path
@@ -104,7 +104,7 @@ class ForeignFiles:
         before, at = self._looked_through.get(key, (0, now))
         if len(foreign) >= _MANY and changed == before and now - at < _LOOKED_THROUGH_EVERY:
             return dict(_signatures_of(path for path in known if os.path.dirname(path) == key))
-        self._looked_through[key] = (changed if abs(time.time_ns() - changed) > TICK else 0), now
+        self._looked_through[key] = (changed if is_settled(changed) else 0), now
         found = signatures(folder)
         if not foreign:
             return found

@@ -119,9 +119,9 @@ class Snapshot:
         for path, found in read_changed(seen, known):
             self._invalid.pop(path, None)
             if isinstance(found, Record):
-                signature = self._signatures[path] = seen[path]
-                pulled = datetime.fromtimestamp(signature[2] / 1e9, UTC)
-                self.put(StoredRecord(found, path, pulled, signature[1]))
+                self._signatures[path] = seen[path]
+                _, size, mtime, _ = seen[path]
+                self.put(StoredRecord(found, path, datetime.fromtimestamp(mtime / 1e9, UTC), size))
                 continue
             signature = seen.pop(path)
             if isinstance(found, FileNotFoundError):

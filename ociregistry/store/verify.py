@@ -292,7 +292,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sizes(folder: Path) -> dict[Path, int]:
-    return {Path(path): signature[1] for path, signature in sorted(signatures(folder).items())}
+    return {Path(path): size for path, (_, size, _, _) in sorted(signatures(folder).items())}
 
 
 def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
