@@ -20,7 +20,7 @@ from ociregistry.config.values import printable
 from ociregistry.names import Digest
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.usage import measured
-from ociregistry.store.workdir import find_daemon, pending_images
+from ociregistry.store.workdir import find_daemon, undecided_images
 from ociregistry.strictjson import parse_json
 
 Document = dict[str, Any]
@@ -125,7 +125,7 @@ def _told_by_files(snapshot: Snapshot) -> Document:
         image: lacking for image in images if snapshot.is_wanted(image) and (lacking := snapshot.missing(image))
     }
     disk = shutil.disk_usage(snapshot.root)
-    undecided = pending_images(snapshot.root) & snapshot.records.keys()
+    undecided = undecided_images(snapshot.root) & snapshot.records.keys()
     return {
         "status": "stopped",
         "reasons": [],

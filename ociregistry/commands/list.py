@@ -17,7 +17,7 @@ from ociregistry.names import Digest
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.store.snapshot import Row, Snapshot
-from ociregistry.store.workdir import pending_images
+from ociregistry.store.workdir import undecided_images
 
 
 class List(Command):
@@ -61,7 +61,7 @@ class List(Command):
             print_unreadable(snapshot.unreadable)
             listed = snapshot.all_rows if self["long"] else snapshot.rows
             rows = [row for row in listed if self.patterns is None or self.patterns.match(row.url)]
-            pending = pending_images(settings.image_path)
+            pending = undecided_images(settings.image_path)
             lines = [Line(row, snapshot, pending) for row in rows]
             lines.sort(key=_ORDERS[self["sort"]])
             print_lines(self._printed(lines))

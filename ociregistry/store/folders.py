@@ -28,7 +28,7 @@ _LOOK_EVERY = 1.0
 class _Look:
     made: tuple[Path, ...]
     """The folders that were missing."""
-    taken: int
+    times_taken: int
     """How often this process has taken a pulls/<n>/."""
     why: str = ""
     """Why the store cannot be written, naming the folder; empty if it can be."""
@@ -54,7 +54,7 @@ class Folders:
         self._files = files
         self._threads = threads
         self._renewed = renewed
-        self._taken = 0
+        self._times_taken = 0
         self._loop = LoopingCall(self._look_again)
         self._loop.clock = clock
 
@@ -73,7 +73,7 @@ class Folders:
 
     def start(self) -> None:
         """Start to look; the folders are there."""
-        self._taken = self._pulls.taken
+        self._times_taken = self._pulls.times_taken
         self._loop.start(_LOOK_EVERY, now=False)
 
     def stop(self) -> None:
@@ -90,23 +90,23 @@ class Folders:
             made = self.make()
             self._pulls.renew()
         except OSError as error:
-            return _Look(made, self._pulls.taken, f"{error.filename or self._root}: {reason(error)}")
+            return _Look(made, self._pulls.times_taken, f"{error.filename or self._root}: {reason(error)}")
         for folder in store_folders(self._root):
             if not os.access(folder, os.W_OK | os.X_OK):
                 read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
                 why = "its file system is read-only" if read_only else "permission denied"
-                return _Look(made, self._pulls.taken, f"{folder}: {why}")
-        return _Look(made, self._pulls.taken)
+                return _Look(made, self._pulls.times_taken, f"{folder}: {why}")
+        return _Look(made, self._pulls.times_taken)
 
     def _apply(self, look: _Look) -> None:
-        before, self._taken = self._taken, look.taken
-        if look.made or (before and look.taken != before):
+        before, self._times_taken = self._times_taken, look.times_taken
+        if look.made or (before and look.times_taken != before):
             _log.warn(
                 "another program has removed or replaced {store}, or folders in it: what is gone is a miss, and its "
                 "downloads begin anew",
                 store=self._root,
             )
-        if look.taken != before:
+        if look.times_taken != before:
             self._renewed()
         self._tell(look.why)
 

@@ -34,6 +34,8 @@ _MOST_READERS = 64
 """Reads that run at once, counting the slow ones."""
 _MOST_SENDERS = _READERS // 2
 """Threads that send what is in memory, at once; others are left for reads that wait for the disk."""
+_WRITERS = 16
+"""Writes that run at once."""
 _OF_ONE_FILE = 2
 """Reads of one file that run at once, so that a file that hangs takes no more threads."""
 READ_WITHIN = 20
@@ -76,11 +78,11 @@ class _Job:
     hung: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Read(_Job):
+    work: Callable[[], Any]
     path: Path | None = None
     """The file, where a single one is read."""
-    work: Callable[[], Any] = lambda: None
     discard: Callable[[Any], object] = lambda result: None
     """Called with a result that comes when `result` has fired."""
     leases: tuple[SharedFile, ...] = ()
@@ -96,10 +98,10 @@ class Threads:
     fail after `READ_WITHIN` seconds; further ones fail at once, until the first has returned.
     """
 
-    def __init__(self, reactor: IReactorFromThreads, clock: IReactorTime, writers: int = 16) -> None:
+    def __init__(self, reactor: IReactorFromThreads, clock: IReactorTime) -> None:
         self._reactor = reactor
         self._reading = _Pool(0, _MOST_READERS, "store-reading")
-        self._writing = _Pool(0, writers, "store-writing")
+        self._writing = _Pool(0, _WRITERS, "store-writing")
         self._in_turn = _Pool(0, 1, "store-in-turn")
         self._closing = _Pool(0, 1, "store-closing")
         self._computing = _Pool(0, 1, "store-computing")

@@ -105,7 +105,7 @@ class PendingFiles:
         return pending_path(self._folder, manifest)
 
 
-def pending_images(root: Path) -> frozenset[Digest]:
+def undecided_images(root: Path) -> frozenset[Digest]:
     """Return the undecided pending images of all processes on the store at `root`. Blocks."""
     files = (PendingFiles(folder, Files()) for folder in pulls_folders(root))
     return frozenset(pending.image for one in files for pending in one.scan() if pending.undecided)
@@ -189,7 +189,7 @@ class PullsFolder:
         self._taking = threading.Lock()
         self._taken: tuple[Path, int] | None = None
         """The folder, and the descriptor of its lock."""
-        self.taken = 0
+        self.times_taken = 0
         """How often a folder was taken."""
 
     @property
@@ -205,7 +205,7 @@ class PullsFolder:
                 self._taken = None
             if self._taken is None:
                 self._taken = self._take()
-                self.taken += 1
+                self.times_taken += 1
             return self._taken[0]
 
     def renew(self) -> None:
@@ -214,7 +214,7 @@ class PullsFolder:
         Raises:
             OSError: the folder cannot be taken.
         """
-        if self._adopts or self.taken:
+        if self._adopts or self.times_taken:
             self.path  # noqa: B018  # the property takes it
 
     def _take(self) -> tuple[Path, int]:

@@ -18,7 +18,7 @@ from ociregistry.store.files import Files
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.records import Confirmation, Dates, Record, RecordFiles, is_wanted, read_record
 from ociregistry.store.store import Store
-from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder, pending_images
+from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder, undecided_images
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, record
 from tests.unit.support.demands import AMD64, ARM64, ATTESTATION, INDEX, S390X
@@ -329,10 +329,10 @@ async def test_undecided_image_until_it_is_pending(root: Path, store: Store) -> 
     repository = TAG.repository
     await store.add_pending(IMAGE.digest, repository, undecided=True)
     assert (store.undecided, store.pending) == ({IMAGE.digest: repository}, {})
-    assert pending_images(root) == {IMAGE.digest}
+    assert undecided_images(root) == {IMAGE.digest}
     await store.add_pending(IMAGE.digest, repository)
     assert (store.undecided, store.pending) == ({}, {IMAGE.digest: repository})
-    assert pending_images(root) == frozenset()
+    assert undecided_images(root) == frozenset()
     # It does not become undecided again.
     await store.add_pending(IMAGE.digest, repository, undecided=True)
     assert (store.undecided, store.pending) == ({}, {IMAGE.digest: repository})
@@ -354,6 +354,6 @@ def test_undecided_images_of_all_processes(tmp_path: Path) -> None:
         PendingFiles(folder, Files()).write(PendingImage(one.digest, TAG.repository, one is not S390X))
     (tmp_path / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").write_bytes(b"{")
     (tmp_path / "pulls" / "other").mkdir()
-    assert pending_images(tmp_path) == {AMD64.digest, ARM64.digest}
+    assert undecided_images(tmp_path) == {AMD64.digest, ARM64.digest}
     # Reading removes no file.
     assert (tmp_path / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").exists()

@@ -18,7 +18,7 @@ from ociregistry.store.orphans import find_orphans, remove_orphans
 from ociregistry.store.prune import Selection, prune
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
-from ociregistry.store.workdir import PendingFiles, PendingImage, pending_images
+from ociregistry.store.workdir import PendingFiles, PendingImage, undecided_images
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, open_descriptors, record, texts, until
 from tests.unit.support.irregular import IRREGULAR, put_irregular
@@ -217,7 +217,7 @@ def test_pending_image_that_cannot_be_read_is_removed(
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(ociregistry.store.workdir, "read_regular", fail)
-    assert pending_images(root) == frozenset()
+    assert undecided_images(root) == frozenset()
     assert list(PendingFiles(folder, Files()).read()) == []
     assert list(folder.iterdir()) == []
 
