@@ -164,7 +164,7 @@ class DaemonFetcher:
         daemon: DaemonClient,
         patience: float,
         clock: IReactorTime,
-        check: Callable[[Upstream], None] = lambda upstream: None,
+        check: Callable[[Upstream], None],
     ) -> None:
         """Call `check` before each request; it raises `Denied` or `AirGapped` for upstreams not to be asked."""
         self._check = check

@@ -247,9 +247,7 @@ class RecordFiles:
     `pulls` is this process's own folder, for temporary files and for quarantine.
     """
 
-    def __init__(
-        self, root: Path, pulls: PullsFolder, files: Files, spend: Callable[[int], object] = lambda count: None
-    ) -> None:
+    def __init__(self, root: Path, pulls: PullsFolder, files: Files, spend: Callable[[int], object]) -> None:
         """Set up the folders; `spend` is called with the size in bytes of each new record, before it is written.
 
         `spend` raises `OSError` when there is no room for the record.

@@ -58,11 +58,6 @@ class BearerChallenge:
     service: str = ""
     scope: str = ""
 
-    @classmethod
-    def parse(cls, header: str) -> BearerChallenge | None:
-        """Return the first Bearer challenge in a `WWW-Authenticate` header, or None where there is no valid one."""
-        return next((found for found in _challenges([header]) if isinstance(found, BearerChallenge)), None)
-
     def with_default_scope(self, default: str) -> BearerChallenge:
         """Return the challenge, with the scope `default` where its own is missing or empty."""
         return self if self.scope.strip() else replace(self, scope=default)

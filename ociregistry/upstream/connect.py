@@ -193,13 +193,13 @@ class Dialer:
         policy: IPolicyForHTTPS,
         bandwidth: Bandwidth,
         reactor: Any,
-        breakers: CircuitBreakers | None = None,
+        breakers: CircuitBreakers,
     ) -> None:
         """Set up the dialer; hosts for which `is_configured` returns True may have any address.
 
         The circuit breakers are told of each connection made, and whenever bytes come from a host.
         """
-        self._breakers = breakers or CircuitBreakers(reactor)
+        self._breakers = breakers
         self._upstream = upstream
         self._resolver = resolver
         self._is_configured = is_configured

@@ -118,7 +118,7 @@ class RegistrySite(HandlerSite):
         others: Mapping[str, Handler],
         patience: float,
         clock: IReactorTime,
-        logs_requests: Callable[[], bool] = lambda: True,
+        logs_requests: Callable[[], bool],
     ) -> None:
         """Answer by the API, and by `others` beside it; the rest of the arguments are those of `HandlerSite`."""
         super().__init__({"v2": v2.answer, **others}, _not_found, patience, clock, logs_requests)

@@ -109,7 +109,7 @@ async def test_image_is_loaded_with_one_request_per_object(
     store = Store(root, REACTOR, REACTOR)
     store.startService()
     try:
-        loads = Loads(store, DaemonFetcher(store, socket_clients.find(root), 60.0, REACTOR))
+        loads = Loads(store, DaemonFetcher(store, socket_clients.find(root), 60.0, REACTOR, lambda upstream: None))
         (outcome,) = await loads.load(str(app(upstream)))
     finally:
         store.stopService()

@@ -43,7 +43,7 @@ def open_records() -> Iterator[Open]:
         for folder in ("fat", "img"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         taken.append(PullsFolder(root, files or Files()))
-        return RecordFiles(root, taken[-1], files or Files()), taken[-1].path
+        return RecordFiles(root, taken[-1], files or Files(), lambda count: None), taken[-1].path
 
     yield open_them
     for folder in taken:

@@ -38,7 +38,7 @@ def records(root: Path) -> Iterator[RecordFiles]:
     for folder in ("fat", "img", "blobs"):
         (root / folder).mkdir(parents=True)
     pulls = PullsFolder(root, Files())
-    yield RecordFiles(root, pulls, Files())
+    yield RecordFiles(root, pulls, Files(), lambda count: None)
     pulls.close()
 
 

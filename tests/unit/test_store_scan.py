@@ -42,7 +42,7 @@ def open_records() -> Iterator[Callable[[Path], RecordFiles]]:
         for folder in ("fat", "img"):
             (root / folder).mkdir(parents=True)
         taken.append(PullsFolder(root, Files()))
-        return RecordFiles(root, taken[-1], Files())
+        return RecordFiles(root, taken[-1], Files(), lambda count: None)
 
     yield open_them
     for folder in taken:

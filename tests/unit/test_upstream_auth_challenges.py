@@ -15,6 +15,12 @@ from ociregistry.upstream.auth import (
 )
 
 
+def bearer_in(header: str) -> BearerChallenge | None:
+    """Return the Bearer challenge that a header is answered for, or None."""
+    found = best_challenge([header])
+    return found if isinstance(found, BearerChallenge) else None
+
+
 @pytest.mark.parametrize(
     ("header", "challenge"),
     [
@@ -35,7 +41,7 @@ from ociregistry.upstream.auth import (
     ],
 )
 def test_bearer_challenge(header: str, challenge: BearerChallenge) -> None:
-    assert BearerChallenge.parse(header) == challenge
+    assert bearer_in(header) == challenge
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_bearer_challenge(header: str, challenge: BearerChallenge) -> None:
     ],
 )
 def test_other_or_malformed_challenge(header: str) -> None:
-    assert BearerChallenge.parse(header) is None
+    assert bearer_in(header) is None
 
 
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20)
@@ -68,12 +74,12 @@ def quoted(value: str) -> str:
 def test_quoted_values_round_trip(realm: str, service: str, scope: str, order: list[str]) -> None:
     values = {"realm": realm, "service": service, "scope": scope}
     header = "Bearer " + ",".join(f"{name}={quoted(values[name])}" for name in order)
-    assert BearerChallenge.parse(header) == BearerChallenge(realm, service, scope)
+    assert bearer_in(header) == BearerChallenge(realm, service, scope)
 
 
 @given(st.text() | st.text('Bearr realm=",\\ ', max_size=40).map("Bearer ".__add__))
 def test_any_header_is_a_challenge_or_none(header: str) -> None:
-    challenge = BearerChallenge.parse(header)
+    challenge = bearer_in(header)
     assert challenge is None or challenge.realm
 
 

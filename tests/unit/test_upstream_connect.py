@@ -61,6 +61,7 @@ class DialerHarness:
             UpstreamPolicy(UpstreamTls(verify=False), ("", 0), ContextCache()),
             Bandwidth(None, (), self.reactor),
             self.reactor,
+            CircuitBreakers(self.reactor),
         )
 
     def connect(self, url: str = "http://cdn.example/") -> Deferred[IProtocol]:

@@ -35,7 +35,7 @@ def cache() -> Cache:
 def site(cache: Any, clock: Clock) -> RegistrySite:
     """Return a site whose answer to `SLOW` the test delays."""
     v2 = V2(cache, cache, NoDemand(), Upstream(DOCKER_HUB), INSTANCE)
-    return RegistrySite(v2, {}, 60, clock)
+    return RegistrySite(v2, {}, 60, clock, lambda: True)
 
 
 @pytest.fixture

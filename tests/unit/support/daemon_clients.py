@@ -56,7 +56,7 @@ class DaemonFetcherHarness:
         self._store = store
         self.clock = clock
         self.daemon = FakeDaemonClient()
-        self.fetcher = DaemonFetcher(store, self.daemon, 60.0, clock)
+        self.fetcher = DaemonFetcher(store, self.daemon, 60.0, clock, lambda upstream: None)
         self.advance: list[int] = []
 
     @property

@@ -104,7 +104,7 @@ class Served:
         self.clock = clock
         self._store = store
         self.v2 = CountingV2(cache, cast(Any, cache), demand or NoDemand(), Upstream("docker.io"), INSTANCE)
-        self.site = RegistrySite(self.v2, {}, 60, clock)
+        self.site = RegistrySite(self.v2, {}, 60, clock, lambda: True)
 
     async def fill(self) -> None:
         """Store the image and its blobs."""

@@ -98,7 +98,7 @@ def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySi
         STARTED,
     )
     others = {"health": health_resource, "livez": probe(), "readyz": probe(lambda: "stopping")}
-    return RegistrySite(handler, others, patience, clock)
+    return RegistrySite(handler, others, patience, clock, lambda: True)
 
 
 class Got:
