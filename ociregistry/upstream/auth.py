@@ -153,6 +153,10 @@ class _Token:
     """Whose credentials it was given for; empty for none."""
 
 
+TokenKey = tuple[BearerChallenge, bool]
+"""What a token answers, and whether it is anonymous."""
+
+
 class _Waiting:
     """The requests that wait for one token: all are told when the token service counts as down."""
 
@@ -216,11 +220,11 @@ class Tokens:
         self._credentials = credentials
         self._trusted = trusted
         self._clock = clock
-        self._cache: TLRUCache[tuple[BearerChallenge, bool], _Token, float] = TLRUCache(
+        self._cache: TLRUCache[TokenKey, _Token, float] = TLRUCache(
             _MOST_TOKENS, ttu=lambda key, token, now: token.expires, timer=clock.seconds
         )
-        self._single_flight: SingleFlight[tuple[BearerChallenge, bool], str] = SingleFlight()
-        self._waiting: dict[tuple[BearerChallenge, bool], _Waiting] = {}
+        self._single_flight: SingleFlight[TokenKey, str] = SingleFlight()
+        self._waiting: dict[TokenKey, _Waiting] = {}
 
     async def token(
         self, challenge: BearerChallenge, options: RequestOptions = DEFAULT_OPTIONS, *, anonymous: bool = False
@@ -233,10 +237,10 @@ class Tokens:
             Unavailable: the credential helper failed, or the token service cannot be asked or gave no token.
             AccessRefused: the token service refuses access.
         """
-        cached = self._cache.get((challenge, anonymous))
+        key = challenge, anonymous
+        cached = self._cache.get(key)
         if cached is not None:
             return cached.value
-        key = challenge, anonymous
         waiting = self._waiting.setdefault(key, _Waiting())
         token = self._single_flight.join(key, lambda: self._fetch_shared(key, waiting.options(options)))
         return await waiting.wait(token, options.wanted)
@@ -256,7 +260,7 @@ class Tokens:
         if cached is not None and cached.value == token:
             self._cache.pop((challenge, anonymous), None)
 
-    async def _fetch_shared(self, key: tuple[BearerChallenge, bool], options: RequestOptions) -> str:
+    async def _fetch_shared(self, key: TokenKey, options: RequestOptions) -> str:
         challenge, anonymous = key
         try:
             return await self._fetch_token(challenge, anonymous, options)
@@ -311,6 +315,7 @@ class Tokens:
 
 _MOST_CHALLENGES = 1000
 _MOST_REFUSALS = 3
+"""The 401 responses of one scope to one request that may each lead to a retry."""
 
 Scope = tuple[Origin, Repository | None]
 """An origin, and a repository there; None for the root of its API."""

@@ -37,7 +37,7 @@ _log = Logger(namespace="ociregistry.upstream")
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_HOPS = 10
-_MOST_REFUSALS = 8
+_MOST_REFUSALS_IN_ALL = 8
 """The 401 responses to one request that may each lead to a retry, over all hosts that it is redirected to."""
 _SCHEME_TTL = 600.0
 """Seconds for which a detected scheme is remembered."""
@@ -198,7 +198,7 @@ class Client:
                 return response
             scope = Origin.of(response.url), repository
             refused.setdefault(scope, []).append(exchange.authorization)
-            if sum(map(len, refused.values())) > _MOST_REFUSALS:
+            if sum(map(len, refused.values())) > _MOST_REFUSALS_IN_ALL:
                 self._log_refusal(response)
                 return response
             challenges = response.headers("www-authenticate")

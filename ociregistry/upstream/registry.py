@@ -124,8 +124,8 @@ _INDEX_ALONE = {"Accept": OCI_INDEX}
 _UNKNOWN = frozenset({401, 403, 404})
 """Statuses with which registries answer for content that they do not have, or do not show to this client."""
 _OK = frozenset({200})
-_OF_FIRST_BYTE = frozenset({200, 206, 416})
-"""The statuses that tell the size of a blob of which the first byte was requested; 416 is for an empty blob."""
+_OF_RANGE = frozenset({200, 206, 416})
+"""The statuses for a blob of which a range was requested; 416 where it has no such bytes, as an empty blob."""
 _MOST_PAGES = 100
 _LARGEST_LISTING = 8 * 1024 * 1024
 """Bytes of a page of tags."""
@@ -185,18 +185,10 @@ class Registry:
             ManifestUnknown: the upstream does not have it, or does not show it.
         """
 
-        def unknown(why: str) -> RegistryError:
-            return ManifestUnknown(f"{image}: {why}")
-
         def parse(response: Response, data: bytes) -> Manifest:
             return _manifest(response, data, str(image), _expected_digest(image, response))
 
-        headers = {"Accept": _ACCEPT}
-        path = f"manifests/{image.reference}"
-        async with self._limit.for_small(context) as context:
-            manifest = await self._collect(
-                "GET", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
-            )
+        manifest = await self._ask_for_manifest("GET", image, context, parse)
         self._delivered()
         return manifest
 
@@ -210,18 +202,25 @@ class Registry:
             ManifestUnknown: the upstream does not have the manifest, or does not show it.
         """
 
-        def unknown(why: str) -> RegistryError:
-            return ManifestUnknown(f"{image}: {why}")
-
         def parse(response: Response, data: bytes) -> Digest | None:
             digest = _expected_digest(image, response)
             return digest if response.method == "HEAD" else _manifest(response, data, str(image), digest).digest
+
+        return await self._ask_for_manifest("HEAD", image, context, parse)
+
+    async def _ask_for_manifest(
+        self, method: str, image: ImageReference, context: Context, parse: Callable[[Response, bytes], T]
+    ) -> T:
+        """Ask for the manifest of `image`, and return what `parse` makes of it, as `_collect` does."""
+
+        def unknown(why: str) -> RegistryError:
+            return ManifestUnknown(f"{image}: {why}")
 
         headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
         async with self._limit.for_small(context) as context:
             return await self._collect(
-                "HEAD", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
+                method, image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
             )
 
     async def blob(
@@ -271,7 +270,7 @@ class Registry:
     ) -> tuple[Response, Source]:
         headers = {"Range": f"bytes={start}-"} if start else {}
         what = f"{repository}@{digest}"
-        accepted = frozenset({200, 206, 416}) if start else _OK
+        accepted = _OF_RANGE if start else _OK
         response, source = await self._ask(
             "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), context, accepted, timeout
         )
@@ -291,7 +290,7 @@ class Registry:
         """
         unknown = _unknown_blob(f"{repository}@{digest}")
         async with self._limit.for_small(context) as context:
-            response, _ = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context, _OF_FIRST_BYTE)
+            response, _ = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context, _OF_RANGE)
             await response.discard()
         if response.status != 200:
             return _size_of_whole(response)
