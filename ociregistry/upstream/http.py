@@ -397,8 +397,7 @@ class HttpClient:
         Raises:
             RegistryError: no response came.
         """
-        host = f"[{origin.host}]" if ":" in origin.host else origin.host
-        response = await self.send("GET", f"{origin.scheme}://{host}:{origin.port}/v2/", {}, options=_PROBE)
+        response = await self.send("GET", f"{origin.scheme}://{origin.netloc}/v2/", {}, options=_PROBE)
         await response.discard()
 
     async def _exchange(self, method: str, url: str, headers: Headers, body: bytes | None) -> IResponse:

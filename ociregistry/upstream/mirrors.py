@@ -126,7 +126,7 @@ class _PassedOver:
         return self.response is not None or self.refused
 
 
-class Answer(NamedTuple):
+class SourceAnswer(NamedTuple):
     """The response of a source, and what the sources that were passed over answered before."""
 
     response: Response
@@ -168,7 +168,7 @@ class Sources:
         path: str,
         headers: Headers,
         options: RequestOptions = DEFAULT_OPTIONS,
-    ) -> Answer:
+    ) -> SourceAnswer:
         """Return the first good response of a mirror, or else the registry's own, of any status.
 
         Without the registry, the last mirror's response stands for it where every mirror answered that it does not
@@ -188,23 +188,16 @@ class Sources:
             found = await _ask_mirror(mirror, method, repository, path, headers, options if is_last else quick)
             told = tuple(one.told for one in passed_over)
             if isinstance(found, Response):
-                return self._answered(Answer(found, mirror, told), repository, path)
+                return self._answered(SourceAnswer(found, mirror, told), repository, path)
             passed_over.append(found)
             if found.response is None:
                 continue
             if is_last and all(one.answered for one in passed_over):
-                return self._answered(Answer(found.response, mirror, told), repository, path)
+                return self._answered(SourceAnswer(found.response, mirror, told), repository, path)
             await found.response.discard()
         told = tuple(one.told for one in passed_over)
         if self._registry is None:
-            what = f"{self._name}, by its mirrors alone: {'; '.join(told)}"
-            silent = [one for one in passed_over if not one.answered]
-            if not silent:
-                raise AccessRefused(what)
-            soonest = min(silent, key=lambda one: one.retry_after)
-            if soonest.down is not None and all(one.down for one in silent):
-                raise soonest.down.with_message(what)
-            raise Unavailable(what, soonest.retry_after)
+            raise _by_mirrors_alone(self._name, passed_over)
         registry, wanted = self._registry, options.wanted
         if told and wanted is not None:
             down = Wanted(lambda error: wanted.link_down(_after(told, registry, error)), wanted.again)
@@ -215,12 +208,24 @@ class Sources:
             if not told:
                 raise
             raise _after(told, registry, error) from None
-        return self._answered(Answer(response, self._registry, told), repository, path)
+        return self._answered(SourceAnswer(response, self._registry, told), repository, path)
 
-    def _answered(self, answer: Answer, repository: Repository, path: str) -> Answer:
+    def _answered(self, answer: SourceAnswer, repository: Repository, path: str) -> SourceAnswer:
         if self._mirrors:
             _log.debug("{repository}/{endpoint}: {why}", repository=repository, endpoint=path, why=answer.told("it"))
         return answer
+
+
+def _by_mirrors_alone(name: str, passed_over: Sequence[_PassedOver]) -> Unavailable:
+    """Return the error of a request for which all mirrors were passed over, and the registry itself is not asked."""
+    what = f"{name}, by its mirrors alone: {'; '.join(one.told for one in passed_over)}"
+    silent = [one for one in passed_over if not one.answered]
+    if not silent:
+        return AccessRefused(what)
+    soonest = min(silent, key=lambda one: one.retry_after)
+    if soonest.down is not None and all(one.down for one in silent):
+        return soonest.down.with_message(what)
+    return Unavailable(what, soonest.retry_after)
 
 
 def _after(told: Sequence[str], registry: Source, error: Unavailable) -> Unavailable:

@@ -19,6 +19,12 @@ class Origin:
     host: str
     port: int
 
+    @property
+    def netloc(self) -> str:
+        """The host and the port as in a URL: an IPv6 address in brackets."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
     @classmethod
     @lru_cache(maxsize=128)
     def of(cls, url: str) -> Origin:

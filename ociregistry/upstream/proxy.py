@@ -164,7 +164,7 @@ class _Tunnel:
     def __init__(self, proxy: Proxy, origin: Origin, endpoint: IStreamClientEndpoint) -> None:
         self._proxy = proxy
         self._endpoint = endpoint
-        self._target = f"{f'[{origin.host}]' if ':' in origin.host else origin.host}:{origin.port}"
+        self._target = origin.netloc
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
         """Connect; the Deferred fires with the connection to the host.
