@@ -27,7 +27,7 @@ from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
 from ociregistry.web.exchange import InMemory, SizeOnly
-from ociregistry.web.hits import Again
+from ociregistry.web.hits import Repeat
 from ociregistry.web.requests import (
     BlobRequest,
     ManifestRequest,
@@ -155,66 +155,65 @@ class V2:
         # too would request blobs from the process that waits for them.
         pulls = method == "GET" and context.via == NO_VIA
         found = await self._cache.manifest(request.image, context, wanted=pulls)
-        headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
-        if found.cache_status is CacheStatus.STALE:
+        manifest, status = found.manifest, found.cache_status
+        headers = _headers(manifest.digest, manifest.media_type) | scope
+        if status is CacheStatus.STALE:
             headers["Warning"] = '110 - "Response is Stale"'
         if pulls:
-            asked, is_list = request.image, found.manifest.is_list
             self._demand.manifest_requested(
-                asked, found.manifest.digest, is_list=is_list, hit=found.cache_status.is_hit
+                request.image, manifest.digest, is_list=manifest.is_list, hit=status.is_hit
             )
-        is_hit = found.cache_status is CacheStatus.HIT
-        again = self._manifest_again(method, request.image, found.manifest) if is_hit else None
-        return Answer(
-            200, InMemory(found.manifest.data), headers, ranged=True, cache_status=found.cache_status, again=again
-        )
+        repeat = self._manifest_repeat(method, request.image, manifest) if status is CacheStatus.HIT else None
+        return Answer(200, InMemory(manifest.data), headers, ranged=True, cache_status=status, repeat=repeat)
 
-    def _manifest_again(self, method: str, image: ImageReference, manifest: Manifest) -> Again | None:
+    def _manifest_repeat(self, method: str, image: ImageReference, manifest: Manifest) -> Repeat | None:
         digest, is_list = manifest.digest, manifest.is_list
-        repeats = self._cache.repeats(image, digest)
-        if repeats is None:
+        is_same = self._cache.repeats(image, digest)
+        if is_same is None:
             return None
         content = InMemory(manifest.data) if method == "GET" else SizeOnly(manifest.size)
 
-        def again() -> Content | None:
-            if not repeats():
+        def repeat() -> Content | None:
+            if not is_same():
                 return None
             if method == "GET":
                 self._demand.manifest_requested(image, digest, is_list=is_list, hit=True)
             return content
 
-        return again
+        return repeat
 
     async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], context: Context) -> Answer:
         headers = _headers(request.digest, "application/octet-stream") | scope
         if method == "HEAD":
             size = await self._cache.blob_size(request.repository, request.digest, context)
-            again = self._size_again(request.digest) if size.cache_status.is_hit else None
-            return Answer(200, SizeOnly(size.size), headers, ranged=True, cache_status=size.cache_status, again=again)
+            repeat = self._size_repeat(request.digest) if size.cache_status.is_hit else None
+            return Answer(
+                200, SizeOnly(size.size), headers, ranged=True, cache_status=size.cache_status, repeat=repeat
+            )
         if context.via == NO_VIA:
             self._demand.blob_requested(request.repository, request.digest)
         found = await self._cache.blob(request.repository, request.digest, context)
-        again = self._blob_again(request) if found.cache_status.is_hit else None
-        return Answer(200, found.content, headers, ranged=True, cache_status=found.cache_status, again=again)
+        repeat = self._blob_repeat(request) if found.cache_status.is_hit else None
+        return Answer(200, found.content, headers, ranged=True, cache_status=found.cache_status, repeat=repeat)
 
-    def _size_again(self, digest: Digest) -> Again:
-        def again() -> Content | None:
+    def _size_repeat(self, digest: Digest) -> Repeat:
+        def repeat() -> Content | None:
             content = self._cache.opened(digest)
             if content is None:
                 return None
             content.close()
             return SizeOnly(content.size)
 
-        return again
+        return repeat
 
-    def _blob_again(self, request: BlobRequest) -> Again:
-        def again() -> Content | None:
+    def _blob_repeat(self, request: BlobRequest) -> Repeat:
+        def repeat() -> Content | None:
             content = self._cache.opened(request.digest)
             if content is not None:
                 self._demand.blob_requested(request.repository, request.digest)
             return content
 
-        return again
+        return repeat
 
     async def _tags(self, request: TagsRequest, scope: dict[str, str], context: Context) -> Answer:
         found = await self._listings.tags(request.repository, request.page, context)

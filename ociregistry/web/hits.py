@@ -25,7 +25,7 @@ from ociregistry.web.exchange import Exchange, InMemory, Logged, SizeOnly, clien
 from ociregistry.web.producer import SendLimits
 from ociregistry.web.requests import Range
 
-Again = Callable[[], Content | None]
+Repeat = Callable[[], Content | None]
 """Does what a repeated request does and returns its content, or None where the answer may be another one."""
 
 _MOST = 32 * 1024 * 1024
@@ -46,7 +46,7 @@ class Hit:
     before_date: bytes
     after_date: bytes
     """The rest of the head, to the empty line."""
-    again: Again
+    repeat: Repeat
     size: int
     logged: Logged
     tally: Tally
@@ -72,13 +72,13 @@ class Hits:
         self.settings += 1
         self._hits.clear()
 
-    def remember(self, request_line: bytes, head: bytes, content: Content, again: Again, logged: Logged) -> None:
+    def remember(self, request_line: bytes, head: bytes, content: Content, repeat: Repeat, logged: Logged) -> None:
         """Remember an answer with status 200, with this head and content."""
         before, found, after = head.partition(_DATE)
         in_memory = len(content.data) if isinstance(content, InMemory) else 0
         cost = _OVERHEAD + _LINES * len(request_line) + in_memory
         tally = self._limits.requests.tally(kind_of(logged.path), Outcome.HIT)
-        hit = Hit(before + found, after[after.index(b"\r\n") :], again, content.size, logged, tally, cost)
+        hit = Hit(before + found, after[after.index(b"\r\n") :], repeat, content.size, logged, tally, cost)
         if found and in_memory <= _LARGEST:
             self._hits[request_line] = hit
 
@@ -90,7 +90,7 @@ class Hits:
             hit = self._hits[request_line]
         except KeyError:
             return False
-        content = hit.again()
+        content = hit.repeat()
         if content is None:
             return False
         if content.size != hit.size:

@@ -24,7 +24,7 @@ from ociregistry.pullthrough.cache import Content
 from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.channel import Channel, InFlight
 from ociregistry.web.exchange import ABSENT, Exchange, InMemory, Logged
-from ociregistry.web.hits import Again, Hits
+from ociregistry.web.hits import Hits, Repeat
 from ociregistry.web.producer import SendLimits
 from ociregistry.web.requests import Query, Range, parse_range
 
@@ -35,7 +35,7 @@ _log = Logger(namespace="ociregistry.web")
 class Answer:
     """An HTTP response: status, headers and content.
 
-    `ranged` says whether Range requests apply. `cache_status` is None where the cache is not involved. `again` is
+    `ranged` says whether Range requests apply. `cache_status` is None where the cache is not involved. `repeat` is
     given where the answer may be remembered.
     """
 
@@ -44,7 +44,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     ranged: bool = False
     cache_status: CacheStatus | None = None
-    again: Again | None = None
+    repeat: Repeat | None = None
     is_probe: bool = False
     """Whether the request is one of many, every few seconds, by a program that looks whether this one is well."""
 
@@ -207,8 +207,8 @@ class _Answering:
         # Send the headers now: the first byte of the content may take long to arrive.
         request.write(b"")
         line = self._channel.request_line
-        if answer.again is not None and line is not None and self._settings == self._hits.settings:
-            self._hits.remember(line, self._channel.head, answer.content, answer.again, self._logged)
+        if answer.repeat is not None and line is not None and self._settings == self._hits.settings:
+            self._hits.remember(line, self._channel.head, answer.content, answer.repeat, self._logged)
         if self._method == b"HEAD" or await self._send_content(answer.content, part or Range(0, size)):
             request.finish()
 

@@ -16,7 +16,7 @@ from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 def test_end_of_a_request_that_looks_like_a_remembered_one(clock: Clock) -> None:
     """The quick answer to the first of two pipelined requests does not make the rest of the second a request."""
     handler, known = Handler(), InMemory(b"known")
-    handler.give = lambda: Answer(200, known, again=lambda: known)
+    handler.give = lambda: Answer(200, known, repeat=lambda: known)
     client = RawClient(site(handler, clock)).ask("/v2/known").ask("/v2/known")
     assert len(handler.asked) == 1
     client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /v2/other HTTP/1.1\r\nX-Text: ")
@@ -27,7 +27,7 @@ def test_end_of_a_request_that_looks_like_a_remembered_one(clock: Clock) -> None
 def test_body_of_a_pipelined_request_that_looks_like_a_remembered_one(clock: Clock) -> None:
     """Else the sender of the body would make the next client of a proxy get the wrong answer."""
     handler, known = Handler(), InMemory(b"known")
-    handler.give = lambda: Answer(200, known, again=lambda: known)
+    handler.give = lambda: Answer(200, known, repeat=lambda: known)
     client = RawClient(site(handler, clock)).ask("/v2/known").ask("/v2/known")
     body = b"GET /v2/known HTTP/1.1\r\nHost: cache\r\n\r\n"
     put = b"PUT /v2/other HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (len(body) + 1)
@@ -54,7 +54,7 @@ def test_bytes_that_come_while_a_pipelined_request_is_answered(clock: Clock) -> 
 @pytest.mark.parametrize("pipelined", [False, True])
 def test_connection_takes_the_short_way_again(clock: Clock, pipelined: bool) -> None:
     handler, known = Handler(), InMemory(b"known")
-    handler.give = lambda: Answer(200, known, again=lambda: known)
+    handler.give = lambda: Answer(200, known, repeat=lambda: known)
     client = RawClient(site(handler, clock)).ask("/v2/known")
     if pipelined:
         client.send(b"GET /v2/known HTTP/1.1\r\nHost: cache\r\n\r\n" * 2)
