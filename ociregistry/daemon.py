@@ -46,7 +46,7 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
-from ociregistry.web.admin import AdminListener, AdminSite, ControlSite, Images
+from ociregistry.web.admin import AdminListener, AdminSite, ControlSite, ImageFacts
 from ociregistry.web.api import V2, health, probe
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
@@ -157,7 +157,7 @@ class Daemon(MultiService):
             self._errors,
             reactor,
         )
-        images = Images(self._store.images.list, lambda: self._completion.missing)
+        images = ImageFacts(self._store.listing.list, lambda: self._completion.missing)
         admin = AdminSite(status.read, images, probes, reactor)
         self._admin = AdminListener(settings.admin_listen, admin, reactor)
         self._control = ControlListener(self._store, ControlSite(self._site, admin), reactor)

@@ -14,7 +14,7 @@ from ociregistry.config.values import count_text, size_text
 from ociregistry.names import Digest
 from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
-from ociregistry.store.verify import Damaged, Findings, Outcome
+from ociregistry.store.verify import Damaged, DamagedOutcome, Findings
 
 Advance = Callable[[int, int], object]
 
@@ -61,7 +61,7 @@ class Verify(Command):
 
 async def _print_damaged(damaged: Damaged) -> None:
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
-    if damaged.outcome is Outcome.REMOVED:
+    if damaged.outcome is DamagedOutcome.REMOVED:
         print_lines([f"{damaged.outcome.value}: {damaged.path}"])
 
 

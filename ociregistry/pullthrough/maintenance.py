@@ -23,7 +23,7 @@ from ociregistry.pullthrough.fetchers import Fetcher
 from ociregistry.pullthrough.imageblobs import MOST_REFUSED
 from ociregistry.store.prune import EvictionPolicy, Withheld
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Damaged, Outcome
+from ociregistry.store.verify import Damaged, DamagedOutcome
 
 _log = Logger(namespace="ociregistry.pullthrough")
 
@@ -39,7 +39,7 @@ class Repairer:
 
     async def repair(self, damaged: Damaged) -> str:
         """Fetch a damaged file again; return why it failed, or the empty string."""
-        if damaged.outcome is Outcome.IN_PLACE:
+        if damaged.outcome is DamagedOutcome.IN_PLACE:
             return "it is still in its place: remove it, and repeat this"
         return await _or_why_not_stored(self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
 

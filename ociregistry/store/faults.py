@@ -13,7 +13,7 @@ from ociregistry.store.index import Index
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
-from ociregistry.store.verify import Damaged, Outcome
+from ociregistry.store.verify import Damaged, DamagedOutcome
 
 
 class Faults:
@@ -38,7 +38,7 @@ class Faults:
 
         One that is still in its place counts until the next verification.
         """
-        if damaged.outcome is Outcome.IN_PLACE:
+        if damaged.outcome is DamagedOutcome.IN_PLACE:
             self._in_place.add(damaged.digest)
         elif damaged.is_blob:
             self._blobs.lost.add(damaged.digest)

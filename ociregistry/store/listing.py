@@ -101,8 +101,8 @@ def _images(
             yield ListedImage(url, entry.is_list, size, min(since, now), min(last, now), images)
 
 
-class Images:
-    """Gives the listing of a store; makes it when it is asked for, and not all too often."""
+class ListingCache:
+    """Gives the listing of a store: makes it when it is asked for, and gives it again for a while."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from ociregistry.store.faults import Faults
 from ociregistry.store.files import Files, is_full, reason
 from ociregistry.store.folders import Folders
 from ociregistry.store.index import Entry, Index
-from ociregistry.store.listing import Images
+from ociregistry.store.listing import ListingCache
 from ociregistry.store.lookups import Lookups
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial, known_size
@@ -77,7 +77,7 @@ class Store(Lookups, Service):
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._refresh.on_blobs_gone = self._blobs.removed
         self.faults = Faults(self._threads, self._folders, self._space, self._refresh, self._index, self._blobs)
-        self.images = Images(self._index, self._refresh, self._threads, clock, now)
+        self.listing = ListingCache(self._index, self._refresh, self._threads, clock, now)
         self.on_new_pulls_folder: Callable[[], object] = lambda: None
         """Called when pulls/<n>/ is another folder than before, where another program has removed or replaced it."""
 

@@ -49,7 +49,7 @@ _NOTED = re.compile(
 _NOTED_WANTED = re.compile(r'^  "wanted": (?P<wanted>true|false),$', re.MULTILINE)
 
 
-class Outcome(Enum):
+class DamagedOutcome(Enum):
     """What became of a damaged file; the values are those of log lines."""
 
     QUARANTINED = "quarantined"
@@ -68,7 +68,7 @@ class Damaged:
     """For a record: the image URLs that can still be read from it."""
     wanted: bool | None = None
     """For a record: whether the layers of the image are wanted, if that can still be read from it."""
-    outcome: Outcome = Outcome.QUARANTINED
+    outcome: DamagedOutcome = DamagedOutcome.QUARANTINED
 
     @property
     def is_blob(self) -> bool:
@@ -232,8 +232,8 @@ class Verifier:
             if not os.path.lexists(damaged.path):
                 return damaged
             why = f"{damaged.why}; it cannot be moved: {reason(error)}"
-            return replace(damaged, why=why, outcome=Outcome.IN_PLACE)
-        return damaged if quarantined else replace(damaged, outcome=Outcome.REMOVED)
+            return replace(damaged, why=why, outcome=DamagedOutcome.IN_PLACE)
+        return damaged if quarantined else replace(damaged, outcome=DamagedOutcome.REMOVED)
 
 
 class _Checked:

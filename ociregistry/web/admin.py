@@ -58,7 +58,7 @@ _PAGE_HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Images:
+class ImageFacts:
     """What the page tells of the images."""
 
     list: Callable[[], Deferred[Listing]]
@@ -91,7 +91,7 @@ class AdminSite(HandlerSite):
     """The HTTP server for the operator; it only reads."""
 
     def __init__(
-        self, read: Callable[[], Status], images: Images, probes: Mapping[str, Handler], clock: IReactorTime
+        self, read: Callable[[], Status], images: ImageFacts, probes: Mapping[str, Handler], clock: IReactorTime
     ) -> None:
         """Answer by the status that `read` returns, and by `probes`, whose paths are the same for clients.
 

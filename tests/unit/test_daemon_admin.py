@@ -25,7 +25,7 @@ from ociregistry.context import Context
 from ociregistry.errors import TooManyRequests
 from ociregistry.settings import AdminListen
 from ociregistry.upstream.http import Response
-from ociregistry.web.admin import AdminListener, AdminSite, Images
+from ociregistry.web.admin import AdminListener, AdminSite, ImageFacts
 from ociregistry.web.resource import Answer
 from tests.images import make_image
 from tests.unit.support.common import REACTOR, failed, on_reactor, texts, turn, until
@@ -475,7 +475,7 @@ async def test_page_tells_a_failed_reload_of_a_file_whose_name_is_not_utf_8(
 @on_reactor
 async def test_pages_are_rendered_in_turn() -> None:
     """One in each turn of the reactor, and no more wait than are soon done."""
-    site = AdminSite(lambda: STATUS, Images(lambda: fail(AssertionError()), dict), {}, REACTOR)
+    site = AdminSite(lambda: STATUS, ImageFacts(lambda: fail(AssertionError()), dict), {}, REACTOR)
 
     def asked() -> Deferred[Answer]:
         return Deferred.fromCoroutine(site._answer("GET", b"/live", {}, Context()))

@@ -14,7 +14,7 @@ from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.maintenance import Repairer
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Damaged, Outcome
+from ociregistry.store.verify import Damaged, DamagedOutcome
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest, on_reactor
 from tests.unit.support.loads import MemoryFetcher, image_of
@@ -53,7 +53,7 @@ def record(root: Path, *urls: str, digest: Digest = IMAGE.digest, dates: Dates =
 async def test_damaged_blob_in_place_is_not_taken_for_a_repaired_one(
     repairer: Repairer, fetcher: MemoryFetcher, root: Path
 ) -> None:
-    damaged = replace(blob(root), outcome=Outcome.IN_PLACE)
+    damaged = replace(blob(root), outcome=DamagedOutcome.IN_PLACE)
     assert await repairer.repair(damaged) == "it is still in its place: remove it, and repeat this"
 
 

@@ -14,7 +14,7 @@ from ociregistry.config.values import USUAL_RESERVE, Reserve
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Damaged, Outcome
+from ociregistry.store.verify import Damaged, DamagedOutcome
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, record
 from tests.unit.support.stores import keep_pulled, looked
@@ -105,7 +105,7 @@ async def test_damaged_file_in_place_counts_until_the_next_verification(
 ) -> None:
     await fetched(store)
     path = root / "blobs" / LAYER.hex
-    store.faults.note_lost(Damaged(path, LAYER, "its bytes are wrong", outcome=Outcome.IN_PLACE))
+    store.faults.note_lost(Damaged(path, LAYER, "its bytes are wrong", outcome=DamagedOutcome.IN_PLACE))
     blob = await store.blob(LAYER)
     assert blob is not None
     blob.close()

@@ -48,7 +48,7 @@ def store_dir(root: Path) -> StoreDir:
 
 async def listed(store: Store) -> Listing:
     """Return the listing."""
-    return await store.images.list()
+    return await store.listing.list()
 
 
 @on_reactor
@@ -99,7 +99,7 @@ async def test_listing_is_given_again_for_a_while(store_dir: StoreDir, clock: Cl
     store = Store(store_dir.root, clock, REACTOR)
     store.startService()
     try:
-        both = store.images.list(), store.images.list()
+        both = store.listing.list(), store.listing.list()
         first = await both[0]
         assert await both[1] is first
         clock.advance(1.9)

@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from ociregistry.names import Digest
 from ociregistry.store.files import Files
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Findings, Outcome, note_verified
+from ociregistry.store.verify import DamagedOutcome, Findings, note_verified
 from tests.unit.support.common import REACTOR, fired, on_reactor, open_descriptors
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.power_cuts import result
@@ -155,7 +155,7 @@ def test_damaged_file_that_cannot_be_moved_does_not_end_the_verification(
     monkeypatch.setattr(Files, "rename", fail)
     findings = verified(store)
     (damaged,) = findings.damaged
-    assert (damaged.path, damaged.outcome) == (path, Outcome.IN_PLACE)
+    assert (damaged.path, damaged.outcome) == (path, DamagedOutcome.IN_PLACE)
     assert damaged.why.endswith("; it cannot be moved: Operation not permitted")
     assert os.path.lexists(path)
     assert (findings.records, findings.blobs) == ((1, 2) if which == "record" else (2, 2))
