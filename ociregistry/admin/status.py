@@ -14,7 +14,7 @@ from ociregistry.admin.errors import LoggedError, RecentErrors
 from ociregistry.admin.rates import Rates, seconds_left
 from ociregistry.admin.requests import Requests
 from ociregistry.config.values import count_text, printable
-from ociregistry.names import Digest, Repository
+from ociregistry.names import Digest, Repository, repository_of
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.pullthrough.download import Download
@@ -57,8 +57,8 @@ class IncompleteState(Incomplete):
     """What is known to be missing, and when it will be here."""
 
     seconds_left: int | None = None
-    """Until all missing bytes are here, if all that comes from upstreams are such bytes. None as for a download, and
-    while a link that bytes are wanted from is down, or the disk has no room."""
+    """Until all missing bytes are here, if nothing else comes from upstreams. None in the cases in which that of a
+    download is, while a link is down from which something is wanted, and while the disk has no room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +225,8 @@ def image_of(store: Store, repository: Repository, blob: Digest) -> str | None:
     if len(naming) > _FEW:
         return None
     manifests = {*naming, *(index for image in naming for index in store.indexes(image))}
-    prefix = str(repository)
-    return _newest(store, manifests, lambda url: url.startswith((f"{prefix}:", f"{prefix}@")))
+    name = str(repository)
+    return _newest(store, manifests, lambda url: repository_of(url) == name)
 
 
 def _newest(store: Store, manifests: Iterable[Digest], is_known: Callable[[str], bool] = bool) -> str | None:

@@ -19,7 +19,7 @@ from ociregistry.store.files import SharedFile
 from ociregistry.store.threads import Threads
 
 _MOST = 2048
-"""Files that are kept open, if the process may have four times as many: a second's look at all takes 4 ms."""
+"""Files that are kept open, if the process may open four times as many. Each look at all of them takes 4 ms."""
 _LOOK_EVERY = 1.0
 """Seconds."""
 
@@ -54,7 +54,7 @@ class _Files(LRUCache[Digest, _OpenBlob]):
         super().__init__(most)
         self._close = close
         self.all: dict[Digest, _OpenBlob] = {}
-        """The same files; to look at them here is no use of them."""
+        """The same files; looking at them here does not count as using them."""
 
     def __setitem__(self, digest: Digest, kept: _OpenBlob) -> None:
         super().__setitem__(digest, kept)
@@ -95,7 +95,7 @@ class OpenBlobs:
         return None if kept is None else (kept.file.lease(), kept.identity.size)
 
     def add(self, digest: Digest, path: Path, file: SharedFile, identity: Identity, forgotten: int) -> None:
-        """Keep the `file` at `path` open; `forgotten` is what it was when opening it began.
+        """Keep the `file` at `path` open; `forgotten` is what `self.forgotten` was before it was opened.
 
         If another program removed it meanwhile, the next look finds that.
         """

@@ -17,9 +17,9 @@ TURN = 16 * SLICE
 """Bytes of a file that a thread sends before it is the turn of another connection."""
 _TURN_SECONDS = 0.05
 _FAST = 64 * 1024
-"""Bytes that a client takes at once if a thread may wait for it to take more."""
+"""Bytes that a client has to take at once for a thread to wait until it takes more."""
 _WAIT = 2
-"""Milliseconds."""
+"""Milliseconds of such a wait, at most."""
 
 _READ_AT_ONCE = 64 * 1024
 """Bytes that are read to see whether they are in memory: faster than the calls that ask for them."""

@@ -178,7 +178,7 @@ class PruneSet:
         if not self.gone:
             return set()
         named = {blob.digest for stored in self.gone.values() for blob in stored.manifest.blobs}
-        # Of an index's other platforms, most are not there, and to look for each blob would take longer.
+        # Most blobs of an index's other platforms are not there: to look for each would take longer.
         there = self._snapshot.blobs() & named
         gone, mentioned = self.gone.keys(), self._snapshot.mentioned
         return {blob for blob in there if self._index.named_only_by(blob, gone) and blob.hex not in mentioned}

@@ -61,6 +61,7 @@ def signatures(folder: Path) -> dict[str, Signature]:
 
 
 _MANY = 1000
+"""Foreign files, at least, in a folder that is not looked through every second."""
 _LOOKED_THROUGH_EVERY = 60.0
 """Seconds."""
 
@@ -129,6 +130,7 @@ def _signatures_of(paths: Iterable[str]) -> Iterator[tuple[str, Signature]]:
 
 
 _FEW = 25
+"""Files of a folder, at most, that get a line each."""
 
 
 def unreadable_lines(files: Mapping[Path, str]) -> Iterator[str]:
@@ -152,7 +154,7 @@ def collection_paused(*, for_good: bool = False) -> Iterator[None]:
     """Pause Python's garbage collection while all records are read.
 
     What is read stays, so going through it again and again would find nothing and take half of the time. With
-    `for_good`, what is there at the end stays until the process ends, and is never gone through, not even then.
+    `for_good`, what is there at the end is never gone through, not even when the process ends.
     """
     enabled = gc.isenabled()
     gc.disable()

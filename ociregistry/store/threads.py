@@ -248,7 +248,7 @@ class Threads:
         return not any(job.path is not None and job.seconds >= _SLOW for job in self._reads)
 
     def close(self, descriptor: int) -> None:
-        """Close a file in a thread: if it was removed, its space is freed then, for which gigabytes take a second."""
+        """Close a file in a thread: the space of a removed file is freed then, which takes a second for gigabytes."""
         if self._closing.started:
             self._closing.callInThread(close_descriptor, descriptor)
         else:

@@ -22,9 +22,9 @@ from ociregistry.store.threads import Threads
 _log = Logger(namespace="ociregistry.store")
 
 _SOONEST, _LATEST = 5.0, 60.0
-"""Seconds from one walk to the next."""
+"""Seconds from the end of one walk to the start of the next, at least and at most."""
 _SHARE = 0.001
-"""The share of the time that walks take, unless the next one would begin later than that."""
+"""The share of the time that walks may take: the longer one takes, the later the next one begins."""
 _SLICE = 0.1
 """Seconds of one slice of a walk."""
 _REST = 9

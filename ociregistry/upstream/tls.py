@@ -55,7 +55,7 @@ class ContextCache:
         self._contexts: dict[tuple[KeyPair | None, Trust | None], SSL.Context] = {}
 
     def get(self, identity: KeyPair | None, trust: Trust | None) -> SSL.Context:
-        """Return the context that presents the certificate `identity`; None as `trust` verifies no host's."""
+        """Return the context that presents the certificate `identity`; with None as `trust`, no host is verified."""
         key = identity, trust
         if key not in self._contexts:
             ca, system = (trust.ca, trust.system) if trust is not None else (None, False)

@@ -126,9 +126,9 @@ _PLAIN = re.compile(
     rb"[a-z0-9!#$%&'*+.^_`|~-]+:[ -~]*\r\n"
     rb"){0,100}\r\n"
 )
-"""Other headers than those left out do not alter an answer, unless there are too many.
+"""A request of which no header alters the answer: the headers that may are left out, and so are many headers.
 
-There is one way for a line to match: with a second one, the time would double with each header.
+A line can match in one way only: if there were two, the time would double with each header.
 """
 
 
@@ -142,7 +142,7 @@ def plain_request_line(data: bytes) -> bytes | None:
 
 
 class ShortWay(Protocol):
-    """Answers requests again whose answers are known."""
+    """Answers repeated requests, of which the answer is known."""
 
     def answer(self, channel: Channel, request_line: bytes, request: bytes) -> bool:
         """Answer a plain request with this line, or return False: it is to take the usual way."""

@@ -33,9 +33,9 @@ _MOST = 32 * 1024 * 1024
 _LARGEST = 64 * 1024
 """Bytes in memory of an answer that is remembered."""
 _OVERHEAD = 2500
-"""Bytes of an answer beside its content and its request line, about."""
+"""Bytes, about, that an answer takes beside its content and its request line."""
 _LINES = 5
-"""A request line and its parts are kept as often, in the key and for the log."""
+"""How often the bytes of a request line are kept: in the key, and in the parts that the log gets."""
 _DATE = b"\r\nDate: "
 
 

@@ -25,7 +25,7 @@ _LARGEST_PIECE = 256 * 1024
 _SMALLEST_PIECE = 16 * 1024
 """Bytes per write where memory is scarce."""
 _TAKEN_AT_ONCE = 512 * 1024
-"""Bytes that a client takes at once if a thread is to send to it: for less, a thread costs several times as much."""
+"""Bytes that a client has to take at once for a thread to send to it: for less, that costs several times as much."""
 
 SLOWEST = 60.0
 """Seconds for which a client may take nothing."""
@@ -87,7 +87,7 @@ class SendLimits:
     requests: Requests
     """Counts all answers."""
     transfers: set[ContentProducer] = field(default_factory=set)
-    """Those that are sending files: one leaves the other cores to its client, several share them."""
+    """Those that are sending files. Threads send for several; one alone leaves the other cores to its client."""
 
 
 class ClientGone(Exception):
