@@ -12,7 +12,7 @@ from ociregistry.imagelists.reading import USUAL_TAG
 from ociregistry.manifests import IMAGES, Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Tag, Upstream
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.records import Dates
 
 
@@ -48,7 +48,7 @@ class Contents:
     manifests: Mapping[Digest, Manifest]
     blobs: Mapping[Digest, Member]
     """The member with each blob; the digests are not verified yet."""
-    failed: tuple[Outcome, ...] = ()
+    failed: tuple[LoadResult, ...] = ()
     metadata: frozenset[Digest] = frozenset()
     """Images of an index that come as metadata, without their layers."""
 
@@ -86,7 +86,7 @@ def narrow(archive: Archive, contents: Contents, platforms: Sequence[Platform]) 
         ArchiveInvalid: a config cannot be read.
     """
     images: list[NamedImage] = []
-    failed: list[Outcome] = []
+    failed: list[LoadResult] = []
     taken: set[Digest] = set()
     left: set[Digest] = set()
     children = {child.digest for manifest in contents.manifests.values() for child in manifest.children}
@@ -104,7 +104,7 @@ def narrow(archive: Archive, contents: Contents, platforms: Sequence[Platform]) 
         elif named.manifest not in children or not isinstance(named.image.reference, Digest):
             there = ", ".join(sorted({one.full_platform for one in offered} - {NO_PLATFORM})) or "none"
             why = f"no image for {lacking}; available: {there}"
-            failed.append(Outcome(str(named.image), LoadStatus.FAILED, why))
+            failed.append(LoadResult(str(named.image), LoadStatus.FAILED, why))
         left.update(one.digest for one in offered if one not in selected)
     return replace(
         contents,
@@ -172,7 +172,7 @@ def gather(
     named: Iterable[NamedImage],
     manifests: Mapping[Digest, Manifest],
     blobs: Mapping[Digest, Member],
-    failed: Iterable[Outcome] = (),
+    failed: Iterable[LoadResult] = (),
     metadata: Iterable[Digest] = (),
     unnamed: Sequence[UnnamedImage] = (),
 ) -> Contents:
@@ -205,7 +205,7 @@ def gather(
             of_platforms += claims.values()
             continue
         if wrong:
-            failures.append(Outcome(name, LoadStatus.FAILED, wrong))
+            failures.append(LoadResult(name, LoadStatus.FAILED, wrong))
             continue
         first, *others = sorted(claims.values(), key=_last_confirmed, reverse=True)
         images[name] = first
@@ -235,9 +235,9 @@ def _name(archive: Archive, nameless: Sequence[UnnamedImage], given: GivenName) 
         yield NamedImage(ImageReference(given.repository, reference), one.manifest, notes=one.notes)
 
 
-def _nameless(archive: Archive, image: UnnamedImage) -> Outcome:
+def _nameless(archive: Archive, image: UnnamedImage) -> LoadResult:
     told = f"{image.why}: give it its name, such as --name docker.io/library/nginx:1.25"
-    return Outcome(f"{archive.path}: {image.manifest}", LoadStatus.FAILED, told)
+    return LoadResult(f"{archive.path}: {image.manifest}", LoadStatus.FAILED, told)
 
 
 def _contradiction(claims: Mapping[Digest, NamedImage]) -> str:

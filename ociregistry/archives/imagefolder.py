@@ -16,7 +16,7 @@ from ociregistry.archives.contents import Contents, NamedImage, gather, parse_ma
 from ociregistry.archives.members import Archive, Member, one_line, parse_json
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.paths import BLOBS_FOLDER, IMAGES_FOLDER, LISTS_FOLDER
 from ociregistry.store.records import Dates, Record, RecordInvalid
 
@@ -60,7 +60,7 @@ class _Found:
 
     manifest: Manifest | None = None
     images: tuple[NamedImage, ...] = ()
-    failed: tuple[Outcome, ...] = ()
+    failed: tuple[LoadResult, ...] = ()
     wanted: bool = True
     """False if the record says that the layers of the image are not wanted."""
 
@@ -118,7 +118,7 @@ def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: 
 
 
 def _failed(url: str, why: str) -> _Found:
-    return _Found(failed=(Outcome(one_line(url), LoadStatus.FAILED, why),))
+    return _Found(failed=(LoadResult(one_line(url), LoadStatus.FAILED, why),))
 
 
 def _media_type(holder: Mapping[str, Any], data: bytes, member: Member) -> str:

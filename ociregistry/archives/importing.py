@@ -18,7 +18,7 @@ from ociregistry.config.values import count_text
 from ociregistry.manifests import LARGEST_CONFIG, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.platforms import ALL, Platform
-from ociregistry.pullthrough.loader import LoadStatus, Outcome, Progress, without_foreign_layers
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus, Progress, without_foreign_layers
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
@@ -97,7 +97,7 @@ class Importer:
         self._read: dict[Digest, Manifest] = {}
         """Manifests that were read from the store."""
 
-    async def bring(self, archive: Archive) -> list[Outcome]:
+    async def bring(self, archive: Archive) -> list[LoadResult]:
         """Import all named images of `archive`; return the result for each name.
 
         Raises:
@@ -112,7 +112,7 @@ class Importer:
         except OSError as error:
             raise LoadFailed(f"{archive.path}: cannot be stored: {error.strerror or error}") from error
 
-    async def _bring(self, contents: Contents) -> list[Outcome]:
+    async def _bring(self, contents: Contents) -> list[LoadResult]:
         loads, failed = await self._plan(contents)
         outcomes = [*contents.failed, *failed]
         for outcome in outcomes:
@@ -135,10 +135,10 @@ class Importer:
                     self._progress.ended(outcome)
         return outcomes
 
-    async def _plan(self, contents: Contents) -> tuple[list[_Load], list[Outcome]]:
+    async def _plan(self, contents: Contents) -> tuple[list[_Load], list[LoadResult]]:
         """Return the work to do, and a failure for each image that lacks blobs."""
         loads: list[_Load] = []
-        failed: list[Outcome] = []
+        failed: list[LoadResult] = []
         taken: set[Digest] = set()
         for named in contents.images:
             tree = contents.tree(named.manifest)
@@ -148,7 +148,7 @@ class Importer:
             missing = [blob for blob in blobs.values() if not await self._store.holds(blob.digest, blob.size)]
             why = _lacks(manifests, missing, contents.blobs)
             if why:
-                failed.append(Outcome(str(named.image), LoadStatus.FAILED, why))
+                failed.append(LoadResult(str(named.image), LoadStatus.FAILED, why))
                 continue
             to_bring = [blob for blob in missing if blob.digest not in taken]
             taken.update(blob.digest for blob in to_bring)
@@ -258,7 +258,7 @@ class Importer:
         loads: Sequence[_Load],
         dates: Mapping[ImageReference, Dates | None],
         blobs: Mapping[Digest, Member],
-    ) -> list[Outcome]:
+    ) -> list[LoadResult]:
         """Write the records of the manifests that all `loads` have; the one with the names last.
 
         So a name never lacks content, and each record is written once however many names it gets. A child of an
@@ -272,12 +272,12 @@ class Importer:
         for manifest, names in [*((one, _children(one, loads, dates)) for one in inner), (root, named)]:
             if not await self._keep_whole(manifest, names, blobs):
                 why = "blobs of it were pruned while it was loaded, and the archive does not have them"
-                return [Outcome(load.name, LoadStatus.FAILED, why) for load in loads]
+                return [LoadResult(load.name, LoadStatus.FAILED, why) for load in loads]
         foreign = {digest: size for one in loads[0].manifests for digest, size in one.foreign_layers.items()}
         missing = await self._store.lacking_foreign(foreign)
         return [self._kept(load, missing) for load in loads]
 
-    def _kept(self, load: _Load, missing_foreign: Mapping[Digest, int]) -> Outcome:
+    def _kept(self, load: _Load, missing_foreign: Mapping[Digest, int]) -> LoadResult:
         notes = load.named.notes
         if missing_foreign:
             notes += (without_foreign_layers(missing_foreign),)
@@ -286,7 +286,7 @@ class Importer:
             why = "which was confirmed later, or the archive's date is in the future"
             notes += (f"the name still means {meant}, {why}",)
         ended = LoadStatus.PRESENT if load.was_there else LoadStatus.LOADED
-        return Outcome(load.name, ended, notes=notes, blobs=len(load.to_bring), bytes=load.size)
+        return LoadResult(load.name, ended, notes=notes, blobs=len(load.to_bring), bytes=load.size)
 
     async def _keep_whole(
         self,

@@ -23,7 +23,7 @@ from ociregistry.archives.members import Archive, Member
 from ociregistry.errors import DigestInvalid, ManifestUnknown
 from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Tag
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.records import Dates
 
 MARK = "oci-layout"
@@ -58,12 +58,12 @@ def read_layout(archive: Archive) -> Contents:
     saved = read_docker_index(archive) if DOCKER_INDEX in archive.members else []
     named: list[NamedImage] = []
     unnamed: list[UnnamedImage] = []
-    failed: list[Outcome] = []
+    failed: list[LoadResult] = []
     for entry in entries:
         root = manifests.get(entry.descriptor.digest)
         if root is None:
             why = _why_not(entry.descriptor)
-            failed.append(Outcome(f"{archive.path}: {entry.descriptor.digest}", LoadStatus.FAILED, why))
+            failed.append(LoadResult(f"{archive.path}: {entry.descriptor.digest}", LoadStatus.FAILED, why))
             continue
         images = _images(entry, root, manifests, saved)
         if not images:

@@ -27,8 +27,8 @@ from ociregistry.platforms import ALL, Platform
 from ociregistry.process import print_error
 from ociregistry.pullthrough.loader import (
     Loader,
+    LoadResult,
     LoadStatus,
-    Outcome,
     Progress,
     summary,
 )
@@ -86,7 +86,7 @@ class Load(Command):
             OSError: the store cannot be used.
         """
         self.refused: list[str] = []
-        outcomes: list[Outcome] = []
+        outcomes: list[LoadResult] = []
         with ExitStack() as opened:
             archives, images = self._read(opened)
             if archives or images:
@@ -176,12 +176,12 @@ async def _load(
     refused: list[str],
     settings: Settings,
     reactor: Any,
-) -> list[Outcome]:
+) -> list[LoadResult]:
     """Load archives for `platforms`, then images, and return the outcome of each image.
 
     Errors of archives that cannot be used at all are appended to `refused`.
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[LoadResult] = []
     with shown() as progress:
         async with opened_store(settings, reactor, adopts=not daemon_runs(settings)) as store:
             for archive in archives:
@@ -196,7 +196,7 @@ async def _load(
 
 async def _pull(
     images: Sequence[ImageReference], store: Store, settings: Settings, progress: Progress, reactor: Any
-) -> list[Outcome]:
+) -> list[LoadResult]:
     async with open_fetcher(store, settings, reactor) as fetcher:
         loader = Loader(
             store,

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ociregistry.commands.options import print_lines
-from ociregistry.pullthrough.loader import Outcome
+from ociregistry.pullthrough.loader import LoadResult
 
 
 class Lines:
@@ -22,7 +22,7 @@ class Lines:
     def advance(self, name: str, count: int) -> None:
         """Do nothing: only ends are printed."""
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: LoadResult) -> None:
         """Print how the image ended."""
         print_lines([str(outcome)])
 
@@ -50,7 +50,7 @@ class Bars(Lines):
             if one is not None:
                 one.update(count)
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: LoadResult) -> None:
         """Remove the image's bar, and print how the image ended."""
         finished = self._images.pop(outcome.name, None)
         if finished is not None:

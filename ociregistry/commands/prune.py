@@ -14,7 +14,7 @@ from ociregistry.config.values import Patterns, count_text, parse_duration, pars
 from ociregistry.settings import Settings
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
-from ociregistry.store.prune import Choose, Plan, PruneSet, Selection, choose_nothing, planned, prune
+from ociregistry.store.prune import Choose, Criteria, Plan, PruneSet, choose_nothing, planned, prune
 from ociregistry.store.scan import collection_paused
 from ociregistry.store.snapshot import Snapshot
 
@@ -86,7 +86,7 @@ class Prune(Command):
     def _prune(self, root: Path, now: datetime) -> Plan:
         selection: Choose = choose_nothing
         if self.selects:
-            selection = Selection(
+            selection = Criteria(
                 matches=self.patterns.match if self.patterns else None,
                 created_before=self.before,
                 pulled_before=now - self.unused_for if self.unused_for else None,

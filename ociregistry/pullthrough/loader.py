@@ -45,7 +45,7 @@ class LoadStatus(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LoadResult:
     """The result of loading the image `name`, with the numbers of fetched blobs and their bytes."""
 
     name: str
@@ -75,7 +75,7 @@ class Progress(Protocol):
     def advance(self, name: str, count: int) -> None:
         """Add `count` bytes to those received for the image `name`."""
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: LoadResult) -> None:
         """Report the result of an image."""
 
 
@@ -88,11 +88,11 @@ class NullProgress:
     def advance(self, name: str, count: int) -> None:
         """Do nothing."""
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: LoadResult) -> None:
         """Do nothing."""
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(outcomes: Sequence[LoadResult]) -> str:
     """Return one line with the number of images for each status."""
     return ", ".join(f"{sum(outcome.ended is how for outcome in outcomes)} {how.value}" for how in LoadStatus)
 
@@ -138,7 +138,7 @@ class _LoadState:
     def name(self) -> str:
         return str(self.image)
 
-    def outcome(self, wanted: Sequence[Platform]) -> Outcome:
+    def outcome(self, wanted: Sequence[Platform]) -> LoadResult:
         """Return the result where no request failed; failed if a wanted platform is missing."""
         tag_unknown = [_TAG_UNKNOWN] if isinstance(self.image.reference, Digest) else []
         notes = (*tag_unknown, *dict.fromkeys(self.notes))
@@ -146,9 +146,9 @@ class _LoadState:
         if missing and self.offered and not self.unspecified:
             others = ", ".join(sorted(self.offered - {NO_PLATFORM})) or "none"
             why = f"no image for {', '.join(missing)}; available: {others}"
-            return Outcome(self.name, LoadStatus.FAILED, why, notes, self.blobs, self.bytes)
+            return LoadResult(self.name, LoadStatus.FAILED, why, notes, self.blobs, self.bytes)
         ended = LoadStatus.LOADED if self.manifests or self.blobs else LoadStatus.PRESENT
-        return Outcome(self.name, ended, "", notes, self.blobs, self.bytes)
+        return LoadResult(self.name, ended, "", notes, self.blobs, self.bytes)
 
 
 class Loader:
@@ -198,7 +198,7 @@ class Loader:
                 failed.append(f"{upstream}: {metadata.error(upstream)}")
         return failed
 
-    async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
+    async def load(self, images: Sequence[ImageReference]) -> list[LoadResult]:
         """Load the images; return their results in the same order."""
         running = [Deferred.fromCoroutine(self._load_in_turn(image)) for image in images]
         # Cancel in reverse order: releasing the semaphore starts the next waiter.
@@ -211,7 +211,7 @@ class Loader:
             error.subFailure.raiseException()
             raise
 
-    async def _load_in_turn(self, image: ImageReference) -> Outcome:
+    async def _load_in_turn(self, image: ImageReference) -> LoadResult:
         await self._images.acquire()
         try:
             await self._next_turn()
@@ -228,7 +228,7 @@ class Loader:
         """
         await deferLater(self._clock, 0)
 
-    async def _load(self, image: ImageReference) -> Outcome:
+    async def _load(self, image: ImageReference) -> LoadResult:
         state = _LoadState(image)
         try:
             await self._load_manifest(image, state)
@@ -353,8 +353,8 @@ class Loader:
         return True
 
 
-def _failed(state: _LoadState, why: str, *, again: bool) -> Outcome:
-    return Outcome(state.name, LoadStatus.FAILED, why, (), state.blobs, state.bytes, again)
+def _failed(state: _LoadState, why: str, *, again: bool) -> LoadResult:
+    return LoadResult(state.name, LoadStatus.FAILED, why, (), state.blobs, state.bytes, again)
 
 
 _AGAIN = 30.0

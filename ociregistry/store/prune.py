@@ -412,8 +412,8 @@ _A_FEW = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """Selects the image URLs that meet all of the given conditions."""
+class Criteria:
+    """Selects the image URLs that meet all of the criteria that are given."""
 
     matches: Callable[[str], bool] | None = None
     created_before: datetime | None = None

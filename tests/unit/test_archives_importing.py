@@ -11,7 +11,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
@@ -68,10 +68,10 @@ async def test_second_import_reports_present(
     path = write_tar(tmp_path / "a.tar", named(what), compression)
     size = sum(len(blob.data) for blob in what.blobs)
     descriptors = open_descriptors()
-    assert await load(store, path) == [Outcome(NAME, LoadStatus.LOADED, blobs=len(what.blobs), bytes=size)]
+    assert await load(store, path) == [LoadResult(NAME, LoadStatus.LOADED, blobs=len(what.blobs), bytes=size)]
     assert await store.manifest(image(NAME)) == manifest(what)
     assert await holds(store, what)
-    assert await load(store, path) == [Outcome(NAME, LoadStatus.PRESENT)]
+    assert await load(store, path) == [LoadResult(NAME, LoadStatus.PRESENT)]
     # The store keeps blobs open until their files are removed.
     for path in (root / "blobs").iterdir():
         path.unlink()
@@ -120,7 +120,7 @@ async def test_present_blobs_are_not_imported_again(store: Store, root: Path, tm
     before = {name: (root / name).stat().st_ino for name in files_below(root) if name.startswith("blobs/")}
     outcomes = await load(store, write_tar(tmp_path / "b.tar", files), progress)
     size = len(UPPER.config.data) + len(UPPER.layers[-1].data)
-    assert outcomes == [Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=size), Outcome(NAME, LoadStatus.PRESENT)]
+    assert outcomes == [LoadResult(APP, LoadStatus.LOADED, blobs=2, bytes=size), LoadResult(NAME, LoadStatus.PRESENT)]
     assert (progress.expected, progress.state, progress.outcomes) == ([(APP, size), (NAME, 0)], {APP: size}, outcomes)
     assert {name: (root / name).stat().st_ino for name in before} == before
 
@@ -144,7 +144,7 @@ async def test_import_moves_tag(store: Store, tmp_path: Path) -> None:
     assert outcome.ended is LoadStatus.LOADED
     assert await store.manifest(image(NAME)) == manifest(IMAGE)
     (outcome,) = await load(store, write_tar(tmp_path / "a.tar", named(OTHER)))
-    assert outcome == Outcome(
+    assert outcome == LoadResult(
         NAME, LoadStatus.LOADED, notes=(f"it replaces {IMAGE.manifest.digest} for linux/amd64",)
     )
     assert await store.manifest(image(NAME)) == manifest(OTHER)
@@ -198,7 +198,7 @@ async def test_incomplete_image_fails_others_are_imported(store: Store, tmp_path
         f"neither in the archive nor in the store: 1 blob, {len(UPPER.layers[-1].data)} bytes; "
     )
     assert "--since" in failed.why
-    assert loaded == Outcome(NAME, LoadStatus.LOADED, blobs=3, bytes=SIZE)
+    assert loaded == LoadResult(NAME, LoadStatus.LOADED, blobs=3, bytes=SIZE)
     assert progress.outcomes == [failed, loaded]
     assert await store.manifest(image(APP)) is None
     assert not await store.holds(Digest(UPPER.config.digest), len(UPPER.config.data))
@@ -218,7 +218,7 @@ async def test_index_without_any_image_fails(store: Store, root: Path, tmp_path:
     before = files_below(root)
     sparse = [one.manifest.digest for one in INDEX.images]
     (failed,) = await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse)))
-    assert failed == Outcome(NAME, LoadStatus.FAILED, "the archive has none of the images that it lists")
+    assert failed == LoadResult(NAME, LoadStatus.FAILED, "the archive has none of the images that it lists")
     assert files_below(root) == before
 
 
@@ -231,7 +231,7 @@ async def test_index_with_one_platform_is_imported(store: Store, tmp_path: Path)
     assert loaded.ended is LoadStatus.LOADED
     assert await store.manifest(image(NAME)) == manifest(INDEX)
     assert await holds(store, one)
-    assert await load(store, path) == [Outcome(NAME, LoadStatus.PRESENT)]
+    assert await load(store, path) == [LoadResult(NAME, LoadStatus.PRESENT)]
 
 
 @on_reactor
@@ -241,16 +241,16 @@ async def test_index_whose_image_record_is_gone_is_loaded_again(
     path = write_tar(tmp_path / "a.tar", named(INDEX))
     await load(store, path)
     record(root, manifest(INDEX.images[0]).digest).unlink()
-    assert await load(open_store(), path) == [Outcome(NAME, LoadStatus.LOADED)]
-    assert await load(open_store(), path) == [Outcome(NAME, LoadStatus.PRESENT)]
+    assert await load(open_store(), path) == [LoadResult(NAME, LoadStatus.LOADED)]
+    assert await load(open_store(), path) == [LoadResult(NAME, LoadStatus.PRESENT)]
 
 
 @on_reactor
 async def test_known_image_under_new_name_is_loaded(store: Store, tmp_path: Path) -> None:
     await load(store, write_tar(tmp_path / "a.tar", named(IMAGE)))
     path = write_tar(tmp_path / "b.tar", named(IMAGE, APP))
-    assert await load(store, path) == [Outcome(APP, LoadStatus.LOADED)]
-    assert await load(store, path) == [Outcome(APP, LoadStatus.PRESENT)]
+    assert await load(store, path) == [LoadResult(APP, LoadStatus.LOADED)]
+    assert await load(store, path) == [LoadResult(APP, LoadStatus.PRESENT)]
 
 
 @on_reactor

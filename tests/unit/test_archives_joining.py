@@ -12,7 +12,7 @@ import pytest
 from ociregistry.archives.joining import Entry, describe, is_for_one_platform, join, platform_of
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.records import Dates
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
@@ -36,7 +36,7 @@ def archive(folder: Path, one: Image | Index, kind: str = "layout", name: str = 
     return write_tar(path, named(one, name))
 
 
-async def loaded(store: Store, folder: Path, *images: Image | Index, kind: str = "layout") -> Outcome:
+async def loaded(store: Store, folder: Path, *images: Image | Index, kind: str = "layout") -> LoadResult:
     """Load these images one after the other; return the outcome of the last."""
     outcomes = [outcome for one in images for outcome in await load(store, archive(folder, one, kind))]
     return outcomes[-1]
@@ -226,7 +226,7 @@ async def test_two_platforms_in_one_archive(store: Store, tmp_path: Path) -> Non
     assert platforms(await meaning(store)).keys() == {"linux/amd64", "linux/arm64"}
     files = layout((NEWER, annotations), (AMD64, annotations))
     (failed,) = await load(store, write_tar(tmp_path / "b.tar", files))
-    assert failed == Outcome(NAME, LoadStatus.FAILED, "the archive has 2 images of this name")
+    assert failed == LoadResult(NAME, LoadStatus.FAILED, "the archive has 2 images of this name")
 
 
 @on_reactor

@@ -8,7 +8,7 @@ import pytest
 
 from ociregistry.names import Digest
 from ociregistry.platforms import Platform, parse_platforms
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, index_of, make_artifact, make_attestation, make_image, make_index
@@ -25,7 +25,7 @@ async def whole(store: Store, *images: Image) -> list[bool]:
     return [await store.missing(Digest(one.manifest.digest)) == {} for one in images]
 
 
-async def loaded(store: Store, folder: Path, what: Image | Index, platforms: str) -> Outcome:
+async def loaded(store: Store, folder: Path, what: Image | Index, platforms: str) -> LoadResult:
     """Load an archive of `what` for these platforms; return the outcome."""
     path = write_tar(folder / "a.tar", named(what))
     (outcome,) = await load(store, path, platforms=parse_platforms(platforms))
@@ -61,7 +61,9 @@ async def test_index_without_one_of_the_platforms(store: Store, tmp_path: Path) 
 async def test_archive_without_any_of_the_platforms_fails(store: Store, tmp_path: Path, what: Image | Index) -> None:
     outcome = await loaded(store, tmp_path, what, "linux/s390x,windows/amd64")
     there = "linux/amd64, linux/arm/v7, linux/arm64" if what is INDEX else "linux/amd64"
-    assert outcome == Outcome(NAME, LoadStatus.FAILED, f"no image for linux/s390x, windows/amd64; available: {there}")
+    assert outcome == LoadResult(
+        NAME, LoadStatus.FAILED, f"no image for linux/s390x, windows/amd64; available: {there}"
+    )
     assert store.counts.lists == store.counts.images == 0
 
 

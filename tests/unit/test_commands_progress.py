@@ -10,10 +10,10 @@ import pytest
 from tqdm import tqdm
 
 from ociregistry.commands.progress import Bars, Lines, bar, on_terminal, shown
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 
 NGINX, REDIS = "docker.io/library/nginx:1.25", "docker.io/library/redis:7"
-LOADED = Outcome(NGINX, LoadStatus.LOADED, blobs=2, bytes=1000)
+LOADED = LoadResult(NGINX, LoadStatus.LOADED, blobs=2, bytes=1000)
 
 
 class Terminal(io.StringIO):
@@ -46,7 +46,7 @@ def test_pipe_gets_one_line_per_image(monkeypatch: pytest.MonkeyPatch, capfd: py
             progress.expect(NGINX, 1000)
             progress.advance(NGINX, 1000)
             progress.ended(LOADED)
-            progress.ended(Outcome(REDIS, LoadStatus.FAILED, f"{REDIS}: it is not there"))
+            progress.ended(LoadResult(REDIS, LoadStatus.FAILED, f"{REDIS}: it is not there"))
         assert capfd.readouterr().out.splitlines() == [
             f"loaded: {NGINX}: 2 blobs, 1000 bytes",
             f"failed: {REDIS}: it is not there",
@@ -77,7 +77,7 @@ def test_present_image_has_no_bar(terminal: Terminal, capfd: pytest.CaptureFixtu
     with shown() as progress:
         progress.expect(NGINX, 0)
         progress.advance(REDIS, 0)
-        progress.ended(Outcome(NGINX, LoadStatus.PRESENT))
+        progress.ended(LoadResult(NGINX, LoadStatus.PRESENT))
     assert NGINX not in terminal.getvalue()
     assert capfd.readouterr().out.splitlines() == [f"already there: {NGINX}"]
 

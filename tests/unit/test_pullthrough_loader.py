@@ -11,7 +11,7 @@ from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryErr
 from ociregistry.manifests import DOCKER_LIST, Manifest
 from ociregistry.names import Digest
 from ociregistry.platforms import ALL, Platform
-from ociregistry.pullthrough.loader import LoadStatus, NullProgress, Outcome, summary
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus, NullProgress, summary
 from ociregistry.store.lookups import Counts
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
@@ -47,7 +47,7 @@ def blobs_of(root: Path) -> set[str]:
     return {f"sha256:{path.name}" for path in (root / "blobs").iterdir()}
 
 
-def outcome_texts(outcomes: Sequence[Outcome]) -> list[str]:
+def outcome_texts(outcomes: Sequence[LoadResult]) -> list[str]:
     """Return the texts of the outcomes."""
     return [str(outcome) for outcome in outcomes]
 
@@ -59,7 +59,7 @@ async def test_image_of_the_platform_is_loaded_from_an_index(
     fetcher.add(APP, MULTI)
     (outcome,) = await loads.load(APP)
     amd64 = MULTI.images[0]
-    assert outcome == Outcome(APP, LoadStatus.LOADED, "", (), 3, size(amd64))
+    assert outcome == LoadResult(APP, LoadStatus.LOADED, "", (), 3, size(amd64))
     assert fetcher.asked[:2] == [f"manifest {APP}", f"manifest reg.example/app@{amd64.manifest.digest}"]
     assert sorted(fetcher.asked[2:]) == sorted(f"blob reg.example/app@{blob.digest}" for blob in amd64.blobs)
     assert blobs_of(root) == {blob.digest for blob in amd64.blobs}
@@ -148,7 +148,7 @@ async def test_missing_platform_error_lists_available_ones(loads: Loads, fetcher
     (outcome,) = await loads.load(APP, wanted=wanted)
     why = "no image for linux/s390x, linux/riscv64; available: linux/amd64, linux/arm/v6, linux/arm/v7, linux/arm64"
     arm64 = MULTI.images[1]
-    assert outcome == Outcome(APP, LoadStatus.FAILED, why, (), 3, size(arm64))
+    assert outcome == LoadResult(APP, LoadStatus.FAILED, why, (), 3, size(arm64))
     assert blobs_of(root) == {blob.digest for blob in arm64.blobs}
     # The error is permanent.
     assert not outcome.again
@@ -241,7 +241,7 @@ async def test_failed_image_does_not_stop_others(
     fetcher.errors[f"manifest {APP}"] = error
     outcomes = await loads.load(APP, NEXT, LAST, concurrent=concurrent)
     why = error.message if isinstance(error, RegistryError) else "cannot be stored: No space left on device"
-    assert outcomes[0] == Outcome(APP, LoadStatus.FAILED, why, again=again)
+    assert outcomes[0] == LoadResult(APP, LoadStatus.FAILED, why, again=again)
     assert [outcome.ended for outcome in outcomes[1:]] == [LoadStatus.LOADED] * 2
     assert summary(outcomes) == "2 loaded, 0 already there, 1 failed"
 
@@ -305,11 +305,13 @@ async def test_digest_that_another_repository_brought_is_noted_for_the_one_named
 
 
 def test_outcome_text() -> None:
-    assert str(Outcome(APP, LoadStatus.PRESENT)) == f"already there: {APP}"
-    assert str(Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=7)) == f"loaded: {APP}: 2 blobs, 7 bytes"
+    assert str(LoadResult(APP, LoadStatus.PRESENT)) == f"already there: {APP}"
+    assert str(LoadResult(APP, LoadStatus.LOADED, blobs=2, bytes=7)) == f"loaded: {APP}: 2 blobs, 7 bytes"
     # The reason often starts with the image name.
-    assert str(Outcome(APP, LoadStatus.FAILED, f"{APP}: it answered 404")) == f"failed: {APP}: it answered 404"
-    assert str(Outcome(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)) == f"failed: {APP}: 1 blob, 5 bytes; down"
+    assert str(LoadResult(APP, LoadStatus.FAILED, f"{APP}: it answered 404")) == f"failed: {APP}: it answered 404"
+    assert (
+        str(LoadResult(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)) == f"failed: {APP}: 1 blob, 5 bytes; down"
+    )
     assert summary([]) == "0 loaded, 0 already there, 0 failed"
 
 
@@ -317,4 +319,4 @@ def test_null_progress() -> None:
     unspecified = NullProgress()
     unspecified.expect(APP, 1)
     unspecified.advance(APP, 1)
-    unspecified.ended(Outcome(APP, LoadStatus.LOADED))
+    unspecified.ended(LoadResult(APP, LoadStatus.LOADED))

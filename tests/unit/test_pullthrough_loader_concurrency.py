@@ -14,7 +14,7 @@ from ociregistry.platforms import ALL
 from ociregistry.pullthrough.cache import FoundManifest, PullThrough
 from ociregistry.pullthrough.fetchers import CacheFetcher
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
 from tests.unit.support.common import REACTOR, manifest, on_reactor, turn, until
@@ -158,7 +158,7 @@ async def test_nothing_is_expected_of_present_images(loads: Loads) -> None:
     assert [outcome.ended for outcome in loads.progress.outcomes] == [LoadStatus.LOADED, LoadStatus.PRESENT]
 
 
-async def interrupted(loading: Deferred[list[Outcome]]) -> BaseException:
+async def interrupted(loading: Deferred[list[LoadResult]]) -> BaseException:
     """Cancel loading and return the error."""
     loading.cancel()
     with pytest.raises(Exception) as ended:  # noqa: PT011  # the caller checks the type

@@ -14,7 +14,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.fetchers import CacheFetcher
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadResult, LoadStatus
 from ociregistry.store.store import Store
 from tests.images import make_artifact, make_image, make_index
 from tests.unit.support.common import image, manifest, on_reactor, until
@@ -45,7 +45,7 @@ def tag(ending: str, digest: Digest = DIGEST) -> str:
     return f"reg.example/app:sha256-{digest.hex}.{ending}"
 
 
-async def state(loads: Loads) -> Outcome:
+async def state(loads: Loads) -> LoadResult:
     """Load the image with signatures and return the outcome."""
     (outcome,) = await loads.load(APP, signatures=True)
     return outcome
@@ -151,7 +151,7 @@ class Offline:
         cache = PullThrough(store, self.upstreams, clock)
         self.loads = Loads(store, CacheFetcher(cache, Listings(store, self.upstreams, clock), 60.0, clock))
 
-    async def load(self, error: Exception) -> tuple[Outcome, list[str]]:
+    async def load(self, error: Exception) -> tuple[LoadResult, list[str]]:
         """Return the outcome of the image and the requests to the upstream."""
         loading = Deferred.fromCoroutine(state(self.loads))
         for _ in range(20):

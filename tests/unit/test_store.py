@@ -15,7 +15,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.lookups import Counts
-from ociregistry.store.prune import Selection
+from ociregistry.store.prune import Criteria
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
@@ -260,11 +260,11 @@ async def test_pruned_image_is_a_miss_and_forgotten_at_next_scan(store: Store, r
     await store.keep(IMAGE, APP)
     await store.keep(INDEX, APP)
     put_blob(root, LAYER.digest, LAYER.data)
-    await store.prune(Selection(matches=lambda url: url == str(NGINX)))
+    await store.prune(Criteria(matches=lambda url: url == str(NGINX)))
     assert await store.manifest(NGINX) is None
     assert await store.manifest(APP) == INDEX
     assert await store.holds(Digest(LAYER.digest), len(LAYER.data))
-    plan = await store.prune(Selection(matches=lambda url: "app" in url))
+    plan = await store.prune(Criteria(matches=lambda url: "app" in url))
     assert plan.blobs == {Digest(LAYER.digest): len(LAYER.data)}
     assert await store.blob(Digest(LAYER.digest)) is None
     clock.advance(1)

@@ -12,7 +12,7 @@ import pytest
 import ociregistry.store.prune
 from ociregistry.names import Digest
 from ociregistry.store.files import lock
-from ociregistry.store.prune import PruneSet, Selection, planned
+from ociregistry.store.prune import Criteria, PruneSet, planned
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.workdir import store_locked
 from tests.unit.support.stores import StoreDir, by_name, calls_of, day, image_of, in_memory, list_of, url_of
@@ -207,7 +207,7 @@ def test_nested_indexes_are_pruned_together(store_dir: StoreDir) -> None:
 def test_image_by_digest_is_pruned_although_its_index_stays(store_dir: StoreDir) -> None:
     image = store_dir.image(ONE, "a@")
     many = store_dir.put(list_of(image), "a:1")
-    store_dir.prune(Selection(matches=lambda url: url == url_of("a@", image)))
+    store_dir.prune(Criteria(matches=lambda url: url == url_of("a@", image)))
     assert (store_dir.names(image), store_dir.names(many), store_dir.has(*ONE)) == (None, {"a:1"}, [False, False])
 
 
@@ -249,6 +249,6 @@ def test_pruning_is_linear_in_records(tmp_path: Path) -> None:
         images = [(image_of(b"%d" % number, SHARED), [f"a{number}@"], day(1)) for number in range(count)]
         lists = [(list_of(one[0]), [f"a{number}:1", "b:1"], day(1)) for number, one in enumerate(images)]
         snapshot = in_memory(tmp_path, *images, *lists)
-        return calls_of(lambda: Selection(matches=lambda url: url.endswith(":1"))(snapshot).plan)
+        return calls_of(lambda: Criteria(matches=lambda url: url.endswith(":1"))(snapshot).plan)
 
     assert look(2000) < 12 * look(200)

@@ -22,7 +22,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
 from ociregistry.store.orphans import remove_orphans
-from ociregistry.store.prune import PruneSet, Selection, choose_nothing, planned
+from ociregistry.store.prune import Criteria, PruneSet, choose_nothing, planned
 from ociregistry.store.snapshot import Snapshot
 from tests.lossy import Disk, LossyFiles, PowerCut
 from tests.unit.support.stores import StoreDir, Unsynced, by_name, day, list_of, named
@@ -35,7 +35,7 @@ class PruneCase:
     """A store, the selection to prune, and what must stay unchanged."""
 
     store_dir: StoreDir
-    choose: Selection = field(default_factory=lambda: by_name("a"))
+    choose: Criteria = field(default_factory=lambda: by_name("a"))
     stays: list[tuple[Manifest, set[str]]] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     """Tags whose meaning must not change."""
@@ -353,7 +353,7 @@ def with_unrelated_image(build: Callable[[PruneCase], None]) -> Callable[[PruneC
         chosen, another = case.choose.matches, named("another")
         assert chosen is not None
         case.store_dir.image((b"another",), "another:1")
-        case.choose = Selection(matches=lambda url: chosen(url) or another(url))
+        case.choose = Criteria(matches=lambda url: chosen(url) or another(url))
 
     return build_both
 

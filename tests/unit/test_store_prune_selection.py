@@ -1,4 +1,4 @@
-"""Selection for pruning: an operator's conditions, and eviction of the least recently pulled images."""
+"""Criteria for pruning: an operator's conditions, and eviction of the least recently pulled images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
-from ociregistry.store.prune import EvictionPolicy, Plan, PruneSet, Selection, Withheld, prune, size_of
+from ociregistry.store.prune import Criteria, EvictionPolicy, Plan, PruneSet, Withheld, prune, size_of
 from ociregistry.store.snapshot import Snapshot
 from tests.unit.support.stores import StoreDir, Unsynced, calls_of, day, image_of, in_memory, list_of, named, url_of
 
@@ -31,7 +31,7 @@ def blob(seed: object, size: int = SIZE) -> bytes:
     return f"{seed} ".encode().ljust(size, b".")
 
 
-def taken(snapshot: Snapshot, choose: Selection) -> list[str]:
+def taken(snapshot: Snapshot, choose: Criteria) -> list[str]:
     """Return the pruned image URLs, without the host."""
     return [row.url.removeprefix("reg.example/") for row in choose(snapshot).plan.rows]
 
@@ -56,28 +56,28 @@ def test_all_conditions_must_match(store_dir: StoreDir) -> None:
     store_dir.image((b"2",), "a:new", created=day(9), pulled=day(5))
     store_dir.image((b"3",), "a:used", created=day(1), pulled=day(9))
     snapshot, matches = store_dir.snapshot(), named("a")
-    assert taken(snapshot, Selection(matches)) == ["a:new", "a:old", "a:used"]
-    assert taken(snapshot, Selection(created_before=day(5))) == ["a:old", "a:used", "b:old"]
-    assert taken(snapshot, Selection(pulled_before=day(6))) == ["a:new", "a:old", "b:old"]
-    assert taken(snapshot, Selection(matches, day(5))) == ["a:old", "a:used"]
-    assert taken(snapshot, Selection(matches, None, day(6))) == ["a:new", "a:old"]
-    assert taken(snapshot, Selection(None, day(5), day(6))) == ["a:old", "b:old"]
-    assert taken(snapshot, Selection(matches, day(5), day(6))) == ["a:old"]
-    assert taken(snapshot, Selection()) == ["a:new", "a:old", "a:used", "b:old"]
+    assert taken(snapshot, Criteria(matches)) == ["a:new", "a:old", "a:used"]
+    assert taken(snapshot, Criteria(created_before=day(5))) == ["a:old", "a:used", "b:old"]
+    assert taken(snapshot, Criteria(pulled_before=day(6))) == ["a:new", "a:old", "b:old"]
+    assert taken(snapshot, Criteria(matches, day(5))) == ["a:old", "a:used"]
+    assert taken(snapshot, Criteria(matches, None, day(6))) == ["a:new", "a:old"]
+    assert taken(snapshot, Criteria(None, day(5), day(6))) == ["a:old", "b:old"]
+    assert taken(snapshot, Criteria(matches, day(5), day(6))) == ["a:old"]
+    assert taken(snapshot, Criteria()) == ["a:new", "a:old", "a:used", "b:old"]
 
 
 def test_before_is_exclusive(store_dir: StoreDir) -> None:
     store_dir.image((b"1",), "a:1", created=day(5), pulled=day(6))
-    assert taken(store_dir.snapshot(), Selection(created_before=day(5))) == []
-    assert taken(store_dir.snapshot(), Selection(created_before=day(5.001))) == ["a:1"]
-    assert taken(store_dir.snapshot(), Selection(pulled_before=day(6))) == []
-    assert taken(store_dir.snapshot(), Selection(pulled_before=day(6.001))) == ["a:1"]
+    assert taken(store_dir.snapshot(), Criteria(created_before=day(5))) == []
+    assert taken(store_dir.snapshot(), Criteria(created_before=day(5.001))) == ["a:1"]
+    assert taken(store_dir.snapshot(), Criteria(pulled_before=day(6))) == []
+    assert taken(store_dir.snapshot(), Criteria(pulled_before=day(6.001))) == ["a:1"]
 
 
 def test_each_url_has_its_own_date(store_dir: StoreDir) -> None:
     image = store_dir.image((b"1",), "a:1", created=day(1))
     store_dir.put(image, "b:1", created=day(5))
-    store_dir.prune(Selection(created_before=day(3)))
+    store_dir.prune(Criteria(created_before=day(3)))
     assert store_dir.names(image) == {"b:1"}
 
 
@@ -87,11 +87,11 @@ def test_unused_for_considers_indexes_with_their_images(store_dir: StoreDir, use
     when = {name: day(9 if name == used else 1) for name in ("left", "right", "both")}
     left, right = (store_dir.image((name.encode(),), "a@", pulled=when[name]) for name in ("left", "right"))
     both = store_dir.put(list_of(left, right), "a:1", pulled=when["both"])
-    store_dir.prune(Selection(pulled_before=day(5)))
+    store_dir.prune(Criteria(pulled_before=day(5)))
     assert (store_dir.names(both), store_dir.names(left)) == ({"a:1"}, {"a@"})
     if used == "both":
         assert store_dir.names(right) == {"a@"}
-    store_dir.prune(Selection(pulled_before=day(10)))
+    store_dir.prune(Criteria(pulled_before=day(10)))
     assert [store_dir.names(one) for one in (left, right, both)] == [None] * 3
 
 
@@ -100,7 +100,7 @@ def test_unused_for_considers_nested_indexes(store_dir: StoreDir, used: str) -> 
     image = store_dir.image((b"image",), "a@", pulled=day(9 if used == "image" else 1))
     inner = store_dir.put(list_of(image), "a@", pulled=day(1))
     outer = store_dir.put(list_of(inner), "a:1", pulled=day(9 if used == "outer" else 1))
-    store_dir.prune(Selection(pulled_before=day(5)))
+    store_dir.prune(Criteria(pulled_before=day(5)))
     assert [store_dir.names(one) for one in (outer, inner, image)] == [{"a:1"}, {"a@"}, {"a@"}]
 
 
@@ -109,7 +109,7 @@ def test_newer_index_protects_its_older_image(store_dir: StoreDir) -> None:
     image = store_dir.image((b"1",), "a@", created=day(1))
     store_dir.put(list_of(image), "a:1", created=day(1), confirmed=day(1))
     new = store_dir.put(list_of(image, seed="new"), "a:1", created=day(9), confirmed=day(9))
-    store_dir.prune(Selection(created_before=day(5)))
+    store_dir.prune(Criteria(created_before=day(5)))
     assert (store_dir.names(new), store_dir.names(image), store_dir.has(b"1")) == ({"a:1"}, {"a@"}, [True])
 
 
@@ -224,8 +224,8 @@ def test_dates_in_the_future_count_as_now(store_dir: StoreDir) -> None:
     store_dir.image((b"1",), "a:1", created=day(4000), pulled=day(4000))
     snapshot = Snapshot.read(store_dir.root, NOW)
     before, after = NOW - timedelta(hours=1), NOW + timedelta(hours=1)
-    assert taken(snapshot, Selection(created_before=before)) == taken(snapshot, Selection(pulled_before=before)) == []
-    assert taken(snapshot, Selection(None, after, after)) == ["a:1"]
+    assert taken(snapshot, Criteria(created_before=before)) == taken(snapshot, Criteria(pulled_before=before)) == []
+    assert taken(snapshot, Criteria(None, after, after)) == ["a:1"]
 
 
 def test_image_dated_in_the_future_is_not_protected(store_dir: StoreDir) -> None:
@@ -347,7 +347,7 @@ def test_selection_is_linear_in_records(tmp_path: Path) -> None:
     with store_dir.blob(b"large").open("wb") as file:
         file.truncate(1 << 40)
 
-    def look(count: int, choose: EvictionPolicy | Selection) -> int:
+    def look(count: int, choose: EvictionPolicy | Criteria) -> int:
         images = [(image_of(b"%d" % number, b"shared"), [f"a{number}@"], day(1)) for number in range(count)]
         lists = [(list_of(one[0], images[0][0]), [f"a{number}:1"], day(2)) for number, one in enumerate(images)]
         snapshot = in_memory(tmp_path, *images, *lists)
@@ -362,5 +362,5 @@ def test_selection_is_linear_in_records(tmp_path: Path) -> None:
         assert len(plans[0].records) == 2 * count
         return calls
 
-    for choose in (policy(1), policy(pulled_before=NOW), Selection(pulled_before=NOW)):
+    for choose in (policy(1), policy(pulled_before=NOW), Criteria(pulled_before=NOW)):
         assert look(1000, choose) < 12 * look(100, choose)

@@ -15,7 +15,7 @@ from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
-from ociregistry.store.prune import Selection, prune
+from ociregistry.store.prune import Criteria, prune
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles, PendingImage, undecided_images
@@ -232,7 +232,7 @@ async def test_prune_goes_on_and_orphans_wait_for_verify(store: Store, root: Pat
     later = datetime.now(UTC) + timedelta(days=1)
     with pytest.raises(OSError, match=f"{IRREGULAR[kind]}; verify moves it away"):
         find_orphans(root, later)
-    plan = prune(root, Selection(matches=lambda url: "nginx" in url), Files())
+    plan = prune(root, Criteria(matches=lambda url: "nginx" in url), Files())
     assert [row.url for row in plan.rows] == [str(NGINX)]
     assert not Snapshot.read(root).records
 

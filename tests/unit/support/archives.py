@@ -24,7 +24,7 @@ from ociregistry.archives.importing import Importer
 from ociregistry.archives.members import Archive, ArchiveInvalid, GivenName
 from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.platforms import ALL, Platform
-from ociregistry.pullthrough.loader import NullProgress, Outcome, Progress
+from ociregistry.pullthrough.loader import LoadResult, NullProgress, Progress
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
 from tests.images import Image, Index, Manifest
@@ -198,7 +198,7 @@ async def load(
     progress: Progress | None = None,
     name: str = "",
     platforms: Sequence[Platform] = ALL,
-) -> list[Outcome]:
+) -> list[LoadResult]:
     """Import the archive into the store, or its images for these platforms."""
     in_thread = partial(deferToThreadPool, REACTOR, REACTOR.getThreadPool())
     with opened(path, name) as archive:
@@ -254,7 +254,7 @@ class RecordedProgress:
     def __init__(self) -> None:
         self.expected: list[tuple[str, int]] = []
         self.state: dict[str, int] = {}
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[LoadResult] = []
 
     def expect(self, name: str, size: int) -> None:
         """Record an expected size."""
@@ -264,6 +264,6 @@ class RecordedProgress:
         """Add to the received size."""
         self.state[name] = self.state.get(name, 0) + count
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: LoadResult) -> None:
         """Record an outcome."""
         self.outcomes.append(outcome)

@@ -15,7 +15,7 @@ from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import FoundManifest
 from ociregistry.pullthrough.fetchers import Advance, Fetcher
-from ociregistry.pullthrough.loader import Loader, Outcome
+from ociregistry.pullthrough.loader import Loader, LoadResult
 from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.store import Store
 from tests.images import Image, Index
@@ -168,7 +168,7 @@ class RecordedProgress:
     def __init__(self) -> None:
         self.expected: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[LoadResult] = []
 
     def expect(self, name: str, size: int) -> None:
         """See `Progress.expect`."""
@@ -179,7 +179,7 @@ class RecordedProgress:
         self.received[name] += count
         assert self.received[name] <= self.expected[name]
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: LoadResult) -> None:
         """See `Progress.ended`."""
         self.outcomes.append(outcome)
 
@@ -218,7 +218,7 @@ class Loads:
         signatures: bool = False,
         concurrent: int = 1,
         connections: int = 4,
-    ) -> Deferred[list[Outcome]]:
+    ) -> Deferred[list[LoadResult]]:
         """Load images; the Deferred fires with the outcome of each."""
         loader = self.loader(*wanted, signatures=signatures, concurrent=concurrent, connections=connections)
         return Deferred.fromCoroutine(loader.load([image(url) for url in urls]))

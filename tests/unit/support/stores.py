@@ -18,7 +18,7 @@ from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.paths import record_path
-from ociregistry.store.prune import Choose, Plan, Selection, planned, prune
+from ociregistry.store.prune import Choose, Criteria, Plan, planned, prune
 from ociregistry.store.records import Dates, Record, read_record
 from ociregistry.store.snapshot import Snapshot, StoredRecord
 from ociregistry.store.store import Store
@@ -64,9 +64,9 @@ def named(*shorts: str) -> Callable[[str], bool]:
     return lambda url: any(url == one or url.startswith((f"{one}:", f"{one}@")) for one in wanted)
 
 
-def by_name(*shorts: str) -> Selection:
+def by_name(*shorts: str) -> Criteria:
     """Return a selection of these image URLs or repositories."""
-    return Selection(matches=named(*shorts))
+    return Criteria(matches=named(*shorts))
 
 
 class Unsynced(Files):
