@@ -31,6 +31,7 @@ from ociregistry.pullthrough.waiting import (
     unless_loop,
     within_deadline,
 )
+from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.network import Registries
@@ -344,15 +345,10 @@ class PullThrough(Service):
         return await self._in_time(self._blob(repository, digest, context), f"{repository}@{digest}", context)
 
     async def _blob(self, repository: Repository, digest: Digest, context: Context) -> FoundBlob:
-        while True:
-            ended = self._downloads.ended
-            stored = await self._store.blob(digest)
-            if stored is not None:
-                _log.debug("serving blob from cache: {blob}", blob=f"{repository}@{digest}")
-                return FoundBlob(stored, CacheStatus.HIT)
-            # A download that ended during the lookup may have stored the blob: look again.
-            if ended == self._downloads.ended:
-                break
+        stored = await self._stored(digest)
+        if stored is not None:
+            _log.debug("serving blob from cache: {blob}", blob=f"{repository}@{digest}")
+            return FoundBlob(stored, CacheStatus.HIT)
         self._downloads.check(repository, digest)
         # Another cache asks elsewhere, or again: bytes that do not come would look as if this one were silent.
         expected = None if context.from_cache else self._store.size_in(repository, digest)
@@ -363,6 +359,14 @@ class PullThrough(Service):
         what = f"{repository}@{digest}"
         found = await within_deadline(Deferred.fromCoroutine(followed), self._clock, what, context, of=self._silent)
         return FoundBlob(found, CacheStatus.fetched(joined=joined))
+
+    async def _stored(self, digest: Digest) -> StoredBlob | None:
+        """Open a blob of the store; look again where a download that ended meanwhile may have stored it."""
+        while True:
+            ended = self._downloads.ended
+            stored = await self._store.blob(digest)
+            if stored is not None or ended == self._downloads.ended:
+                return stored
 
     async def _in_time(self, answer: Coroutine[Deferred[Any], Any, T], what: object, context: Context) -> T:
         """Return `answer`, also where the disk does not answer in time."""
@@ -395,14 +399,11 @@ class PullThrough(Service):
         Raises:
             RegistryError: it could not be fetched.
         """
-        while digest not in self._downloads.in_flight:
-            ended = self._downloads.ended
-            stored = await self._store.blob(digest)
+        if digest not in self._downloads.in_flight:
+            stored = await self._stored(digest)
             if stored is not None:
                 stored.close()
                 return
-            if ended == self._downloads.ended:
-                break
         await self._downloads.follow(repository, digest, context, lambda download: download.finished())
 
     @property
