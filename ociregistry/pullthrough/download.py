@@ -348,5 +348,5 @@ class LargeReader(DownloadReader):
 
 
 def reader_of(download: Download, size: int, file: PartialReader | MemoryReader | None) -> DownloadReader:
-    """Return a reader for a blob of `size` bytes, as its constructor says."""
+    """Return a reader for a blob of `size` bytes; of a large one, which is in a file, the kernel can send."""
     return (DownloadReader if is_small(size) else LargeReader)(download, size, file)

@@ -21,7 +21,7 @@ from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.fetchers import Fetcher
 from ociregistry.pullthrough.imageblobs import MOST_REFUSED
-from ociregistry.store.prune import EvictionPolicy, Withheld
+from ociregistry.store.prune import EvictionPolicy, Plan, Withheld
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged, DamagedOutcome
 
@@ -228,17 +228,7 @@ class Maintenance(Service):
             prune_refused=_refusal(plan.withheld) if plan.withheld is not None else None,
         )
         self._log_withheld(plan.withheld)
-        for row in plan.rows:
-            _log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
-        if plan.records:
-            _log.warn(
-                "pruned {what} freed",
-                what=f"{count_text(len(plan.rows), 'image URL')} with {count_text(len(plan.blobs), 'blob')}, "
-                f"{count_text(plan.bytes, 'byte')}",
-                images=len(plan.rows),
-                blobs=len(plan.blobs),
-                bytes=plan.bytes,
-            )
+        _log_pruned(plan)
 
     def _clock_jumped(self) -> timedelta:
         """Return by how much the wall clock has jumped since the last call, beyond the time that has passed."""
@@ -314,6 +304,20 @@ class Maintenance(Service):
             _log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)
             self._store.faults.note_lost(damaged)
         return not why
+
+
+def _log_pruned(plan: Plan) -> None:
+    for row in plan.rows:
+        _log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
+    if plan.records:
+        _log.warn(
+            "pruned {what} freed",
+            what=f"{count_text(len(plan.rows), 'image URL')} with {count_text(len(plan.blobs), 'blob')}, "
+            f"{count_text(plan.bytes, 'byte')}",
+            images=len(plan.rows),
+            blobs=len(plan.blobs),
+            bytes=plan.bytes,
+        )
 
 
 def _refusal(withheld: Withheld) -> str:

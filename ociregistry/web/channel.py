@@ -393,6 +393,7 @@ class Channel(HTTPChannel):
         `more` tells that other bytes follow at once, so that the kernel may send them together.
         """
         plain = self._plain
+        # What was written before goes first: Twisted keeps it in these two.
         if plain is None or plain.dataBuffer or plain._tempDataLen:
             return 0
         try:
