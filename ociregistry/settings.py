@@ -19,7 +19,7 @@ from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.proxy import ProxySettings, read_environment
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import ServerTls
-from ociregistry.config.values import Reserve, parse_reserve
+from ociregistry.config.values import Reserve, parse_endpoint, parse_reserve
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.platforms import ALL, Platform, machine_architecture, machine_os, parse_platforms
@@ -185,6 +185,11 @@ def _flag(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _admin_listen(text: str) -> AdminListen:
+    # The default is not parsed, which would take every command a while.
+    return AdminListen(text if text in ("", DEFAULT_ADMIN_LISTEN) else parse_endpoint(text))
+
+
 def _globs(text: str) -> tuple[str, ...]:
     return tuple(glob.strip().lower() for glob in text.split(",") if glob.strip())
 
@@ -192,8 +197,8 @@ def _globs(text: str) -> tuple[str, ...]:
 def _upstream(text: str) -> Upstream:
     try:
         return Upstream.parse(text)
-    except NameInvalid as error:
-        raise ValueError(error.message) from None
+    except NameInvalid:
+        raise ValueError("host or host:port is expected") from None
 
 
 OPTIONS = (
@@ -209,7 +214,7 @@ OPTIONS = (
         "admin-listen",
         DEFAULT_ADMIN_LISTEN,
         "Endpoint of /metrics and /status, such as unix:/run/ociregistry.sock; empty for none.",
-        AdminListen,
+        _admin_listen,
     ),
     Option("log-level", "error", "trace, debug, info, warn or error.", _one_of(LOG_LEVELS)),
     Option("log-format", "text", "text, or json: one object a line, for log collectors.", _one_of(LOG_FORMATS)),
@@ -302,7 +307,7 @@ def _settings(
     values["platform"] = tuple(
         replace(platform, os_version=os_version) for platform in cast("tuple[Platform, ...]", values["platform"])
     )
-    listen = listen or config.listen
+    listen = tuple(_endpoint(text) for text in listen) or config.listen
     if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):
         raise ConfigInvalid(f"{config.tls_at}: it enables TLS on every endpoint: use tcp: in place of ssl:")
     proxy, warnings = read_environment(config.proxy, environment)
@@ -320,6 +325,13 @@ def _settings(
         warnings=config.warnings + warnings,
         files=files.versions,
     )
+
+
+def _endpoint(text: str) -> str:
+    try:
+        return parse_endpoint(text)
+    except ValueError as error:
+        raise ConfigInvalid(f"--listen: {text!r}: {error}") from None
 
 
 def _parsed(option: Option, text: str, where: str, folder: Path | None = None) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import re
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from twisted.python import usage
+
+from ociregistry.config import values
 
 _WIDEST = 100
 """Columns."""
@@ -134,5 +135,4 @@ def did_you_mean(error: str, options: usage.Options) -> str:
     parser: Any = getattr(options, "subOptions", options)
     commands: Sequence[Any] = getattr(options, "subCommands", ())
     known = [f"--{name.removesuffix('=')}" for name in parser.longOpt] if option else [name for name, *_ in commands]
-    near = difflib.get_close_matches(option or command, known, 1)
-    return f": did you mean {near[0]}?" if near else ""
+    return values.did_you_mean(option or command, known)

@@ -17,7 +17,7 @@ from ociregistry.config.nodes import Node
 from ociregistry.config.proxy import Proxies, read_proxies
 from ociregistry.config.registries import RegistrySettings, read_registries
 from ociregistry.config.tls import ServerTls, read_server_tls
-from ociregistry.config.values import Patterns, parse_duration, parse_share, parse_size
+from ociregistry.config.values import Patterns, parse_duration, parse_endpoint, parse_share, parse_size
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
 
@@ -225,7 +225,7 @@ def read_config(path: Path, options: Set[str], files: ConfigFiles) -> Config:
     return Config(
         path,
         values={key: (node.text(), node.where) for key, node in nodes.items() if key in options},
-        listen=tuple(item.text() for item in nodes["listen"].items()) if "listen" in nodes else (),
+        listen=tuple(_parsed(item, parse_endpoint) for item in nodes["listen"].items()) if "listen" in nodes else (),
         registries=registries,
         proxy=read_proxies(nodes["proxy"]) if "proxy" in nodes else None,
         bandwidth=read_windows(bandwidth) if bandwidth else (),

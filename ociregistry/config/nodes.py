@@ -10,7 +10,7 @@ from types import MappingProxyType
 import yaml
 
 from ociregistry.config.files import ConfigFiles, Versions
-from ociregistry.config.values import printable
+from ociregistry.config.values import did_you_mean, printable
 
 
 class ConfigInvalid(Exception):
@@ -99,13 +99,13 @@ class Node:
         if self.is_absent:
             return {}
         if not isinstance(self._node, yaml.MappingNode):
-            raise self.error("a mapping is expected")
+            raise self.error("a mapping is expected, such as {KEY: VALUE}")
         found: dict[str, Node] = {}
         for key_node, value in self._node.value:
             key = Node(self._files, self._path, key_node, "a key").text()
             at = Node(self._files, self._path, key_node, below + key)
             if key not in known:
-                raise at.error("unknown key")
+                raise at.error(f"unknown key{did_you_mean(key, known)}")
             if key in found:
                 raise at.error("duplicate key")
             found[key] = Node(self._files, self._path, value, below + key)
@@ -120,7 +120,7 @@ class Node:
         if self.is_absent:
             return []
         if not isinstance(self._node, yaml.SequenceNode):
-            raise self.error("a list is expected")
+            raise self.error("a list is expected, such as [VALUE, VALUE]")
         return [Node(self._files, self._path, node, self._key) for node in self._node.value]
 
     def text(self) -> str:
@@ -181,4 +181,4 @@ class Node:
 
 def _without_content(problem: str | None) -> str:
     """Remove quoted text from a message of the YAML parser, because it may be a password."""
-    return re.sub(r"'[^']{2,}'", "something", problem or "")
+    return re.sub(r"'[^']{2,}'", "something", (problem or "").replace(r"character '\t'", "a tab"))

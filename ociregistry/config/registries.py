@@ -205,7 +205,9 @@ def _password(node: Node, source: str) -> str:
         return node.word()
     if source == "password_env":
         where = f"the environment variable {node.word()}"
-        password = os.environ.get(node.word(), "")
+        if node.word() not in os.environ:
+            raise node.error(f"{where} is not set")
+        password = os.environ[node.word()]
     else:
         where = str(node.path())
         password = node.contents().decode("utf-8", "surrogateescape")

@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from math import floor
 
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6}) ?(?P<unit>[smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _LONGEST = 36_500 * _SECONDS["d"]
-_SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+_SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?:(?P<unit>[kKMGT])(?P<binary>i?)B?|B)")
 _PERCENT = re.compile(r"(?P<percent>[0-9]{1,3}) ?%")
-_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _SHARE = re.compile(r"(?P<percent>[0-9]{1,2}(?:\.[0-9]{1,3})?) ?%")
 _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
 
@@ -26,6 +27,35 @@ def printable(text: str) -> str:
     In Python, a path that is not UTF-8 has surrogates in it, which neither can.
     """
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown `word`: the nearest of the `known` ones, or the empty string."""
+    near = get_close_matches(word, list(known), 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def parse_endpoint(text: str) -> str:
+    """Return `text` if it is a Twisted endpoint description, such as `tcp:8080`.
+
+    Whether it can be used, such as whether its port is free, is not looked at.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    # Imported here, since most commands are given no endpoint.
+    from twisted.internet.endpoints import serverFromString
+
+    try:
+        serverFromString(None, text)
+    except (TypeError, ValueError):
+        raise ValueError(
+            r"an endpoint such as tcp:8080:interface=127.0.0.1 is expected, with \: for each colon of an IPv6 address"
+        ) from None
+    except Exception:
+        # The certificate or the socket of systemd that it names is not there, or not for this user: listening tells.
+        return text
+    return text
 
 
 def parse_duration(text: str) -> timedelta:
@@ -45,6 +75,8 @@ def parse_duration(text: str) -> timedelta:
 
 def parse_size(text: str) -> int:
     """Parse a size such as `50GB` (powers of 1000) or `20MiB` (powers of 1024).
+
+    A number without a unit is refused: `max_size: 50` would prune nearly everything.
 
     Returns:
         Bytes.

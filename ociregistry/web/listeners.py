@@ -122,7 +122,7 @@ class Listeners(Service):
             for failure in failures:
                 error = failure.value
                 where = f"port {endpoint}" if isinstance(endpoint, int) else endpoint
-                raise ListenFailed(f"cannot listen on {where}: {getattr(error, 'socketError', error)}") from error
+                raise ListenFailed(f"cannot listen on {where}: {_why(error)}") from error
 
     def _listen(self, endpoint: str | int) -> Deferred[IListeningPort]:
         if isinstance(endpoint, int):
@@ -209,6 +209,14 @@ class ControlListener(Service):
                 # Another program has removed the file; Twisted then leaves the socket open.
                 tcp.Port.connectionLost(port, Failure(ConnectionDone()))
             control_socket.close()
+
+
+def _why(error: BaseException | None) -> str:
+    """Return why an endpoint cannot be used, for an operator."""
+    if isinstance(error, LookupError):
+        return "systemd has passed no such socket: start the socket unit"
+    cause = getattr(error, "socketError", error)
+    return str(getattr(cause, "strerror", None) or cause)
 
 
 def _address(port: IListeningPort) -> str:

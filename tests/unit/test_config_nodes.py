@@ -47,7 +47,8 @@ def test_key_without_value_sets_nothing(path: Path) -> None:
 
 
 def test_listen_is_a_list(path: Path) -> None:
-    assert read(path, "listen: ['tcp:8080', tcp:8081:interface=::1]").listen == ("tcp:8080", "tcp:8081:interface=::1")
+    text = r"listen: ['tcp:8080', tcp:8081:interface=\:\:1]"
+    assert read(path, text).listen == ("tcp:8080", r"tcp:8081:interface=\:\:1")
 
 
 QUAY = Upstream("quay.io")
@@ -97,6 +98,31 @@ def test_sections_may_be_empty(path: Path) -> None:
 )
 def test_unknown_key_is_refused(path: Path, text: str, line: int, key: str) -> None:
     assert refusal(path, text) == f"{path}:{line}: {key}: unknown key"
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("registeries: []", "registries"),
+        ("log-level: info", "log_level"),
+        ("logLevel: info", "log_level"),
+        ("prune: {unused-for: 1d}", "unused_for"),
+        ("- nam: quay.io", "name"),
+        ("- {name: quay.io, auth: {user: u, passwordFromEnv: P}}", "password_env"),
+        ("tls: {certs: server.crt}", "cert"),
+    ],
+)
+def test_nearest_key_is_named(path: Path, text: str, near: str) -> None:
+    assert refusal(path, text).endswith(f": unknown key: did you mean {near}?")
+
+
+def test_list_and_mapping_are_shown_where_they_are_expected(path: Path) -> None:
+    assert refusal(path, "listen: tcp:8080").endswith(": listen: a list is expected, such as [VALUE, VALUE]")
+    assert refusal(path, "- quay.io").endswith(": a mapping is expected, such as {KEY: VALUE}")
+
+
+def test_tab_is_named(path: Path) -> None:
+    assert refusal(path, "\tport: 1\n").endswith(":1: is not YAML: found a tab that cannot start any token")
 
 
 def test_maintenance_sections_are_read(path: Path) -> None:

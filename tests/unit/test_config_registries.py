@@ -196,7 +196,7 @@ def test_login_or_tls_requires_https() -> None:
             "auth.password_file",
             "bytes holds no password",
         ),
-        (["auth: {user: u, password_env: UNSET}"], 2, "auth.password_env", "variable UNSET holds no password"),
+        (["auth: {user: u, password_env: UNSET}"], 2, "auth.password_env", "variable UNSET is not set"),
         (["auth: {user: u, password_env: EMPTY}"], 2, "auth.password_env", "variable EMPTY holds no password"),
         (
             ["auth:", "  credential_helper: nobody"],

@@ -119,16 +119,23 @@ def test_port_in_use_ends_startup(root: Path, capfd: pytest.CaptureFixture[str],
 # Twisted 22.4 leaves the unbound socket to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    "endpoint", ["nonsense:1", "tcp:http", "tcp", "", "unix:/nowhere/at/all", "tcp:1:interface=8.8.8.8"]
+    ("endpoint", "why"),
+    [
+        ("unix:/nowhere/at/all", "No such file or directory"),
+        ("tcp:1:interface=8.8.8.8", "Cannot assign requested address"),
+        ("ssl:1:certKey=/nowhere:privateKey=/nowhere", "No such file or directory"),
+        ("systemd:domain=INET6:index=0", "systemd has passed no such socket: start the socket unit"),
+    ],
 )
-def test_malformed_endpoint_ends_startup(
-    root: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent], endpoint: str
+def test_unusable_endpoint_ends_startup(
+    root: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent], endpoint: str, why: str
 ) -> None:
     options = Options()
     options.parent = ServerOptions()
     options.parseOptions(["--image-path", str(root), "--listen", endpoint])
     daemon = makeService(options, REACTOR)
-    assert f"cannot listen on {endpoint}: " in startup_error(capfd, daemon.privilegedStartService, events)
+    line = startup_error(capfd, daemon.privilegedStartService, events)
+    assert line == f"ociregistry: cannot listen on {endpoint}: {why}"
 
 
 def test_unusable_store_ends_startup(

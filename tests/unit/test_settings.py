@@ -81,6 +81,37 @@ def test_admin_address_is_given_by_either(path: Path) -> None:
     assert load(path, "admin_listen: tcp:1", admin_listen="tcp:2").admin_listen.endpoint == "tcp:2"
 
 
+ENDPOINT = r"an endpoint such as tcp:8080:interface=127.0.0.1 is expected, with \: for each colon of an IPv6 address"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["8080", ":8080", "tcp", "tcp:http", "htp:8080", "127.0.0.1:8080", "tcp:80:iface=::1", "tcp:80:interface=::1"],
+)
+def test_malformed_endpoint_is_refused_before_anything_starts(path: Path, text: str) -> None:
+    """Python's own errors for them, such as "invalid literal for int()", would tell an operator nothing."""
+
+    def refusal(config: str, *listen: str, **given: str) -> str:
+        with pytest.raises(ConfigInvalid) as error:
+            load(path, config, *listen, **given)
+        return str(error.value)
+
+    said = f"{text!r}: {ENDPOINT}"
+    assert refusal(f"listen:\n- tcp:1\n- '{text}'\n") == f"{path}:3: listen: {said}"
+    assert refusal(f"port: 1\nadmin_listen: '{text}'\n") == f"{path}:2: admin_listen: {said}"
+    assert refusal("", admin_listen=text) == f"--admin-listen: {said}"
+    assert refusal("", "tcp:1", text) == f"--listen: {said}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["systemd:domain=INET6:index=0", "ssl:8443:certKey=/nowhere:privateKey=/nowhere", r"tcp6:1:interface=\:\:1"],
+)
+def test_endpoint_that_cannot_be_used_here_is_accepted(path: Path, text: str) -> None:
+    """`check` runs without systemd's sockets, and perhaps as a user who may not read the key."""
+    assert load(path, f"listen: ['{text}']").listen == (text,)
+
+
 def test_every_field_has_an_option() -> None:
     daemon_client = {
         "listen",

@@ -168,7 +168,7 @@ def test_reload_without_a_file() -> None:
         (["--config-path", ""], "--config-path: the path of a file is expected"),
         (["--port", "http"], "--port: 'http': a number from 1 to 65535 is expected"),
         (["serve", "--log-level", "loud"], "--log-level: 'loud'"),
-        (["--default-ns", "https://quay.io"], "--default-ns: "),
+        (["--default-ns", "https://quay.io"], "--default-ns: 'https://quay.io': host or host:port is expected"),
         (["--config-path", "/nowhere/at/all.yaml"], "/nowhere/at/all.yaml: cannot be read"),
         (["--nonsense"], "--nonsense"),
         (["--nonsense=5"], "--nonsense"),
