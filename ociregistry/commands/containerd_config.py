@@ -44,11 +44,11 @@ class Mirror:
         """
         match = _URL.fullmatch(text)
         if match is None:
-            raise ValueError("a URL such as http://localhost:8080 is expected, without a path")
+            raise ValueError(f"{text!r}: a URL such as http://localhost:8080 is expected, without a path")
         try:
             return cls(match["scheme"], Upstream.parse(match["host"]).name)
         except NameInvalid as error:
-            raise ValueError(error.message) from None
+            raise ValueError(f"{text!r}: {error.message}") from None
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.host}"
@@ -93,11 +93,14 @@ class ContainerdConfig(Command):
         """
         try:
             self.mirrors = [Mirror.parse(url) for url in self._urls]
+        except ValueError as error:
+            raise usage.UsageError(f"--url {error}") from None
+        try:
             self.upstreams = [
                 Upstream.parse(one.strip()) for one in (self["upstreams"] or "").split(",") if one.strip()
             ]
-        except (ValueError, NameInvalid) as error:
-            raise usage.UsageError(f"{error}") from None
+        except NameInvalid as error:
+            raise usage.UsageError(f"--upstreams: {error.message}") from None
         if (self["cert"] is None) != (self["key"] is None):
             raise usage.UsageError("--cert and --key go together")
         if self["write"] and self["remove"]:

@@ -61,7 +61,8 @@ class LoadResult:
 
     def __str__(self) -> str:
         """Return one line for the operator."""
-        said = [f"{count_text(self.blobs, 'blob')}, {count_text(self.bytes, 'byte')}"] if self.blobs else []
+        loaded = " loaded" if self.ended is LoadStatus.FAILED else ""
+        said = [f"{count_text(self.blobs, 'blob')}, {count_text(self.bytes, 'byte')}{loaded}"] if self.blobs else []
         said += [*self.notes, *([self.why.removeprefix(f"{self.name}: ")] if self.why else [])]
         return f"{self.ended.value}: {self.name}" + (f": {'; '.join(said)}" if said else "")
 

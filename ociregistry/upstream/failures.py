@@ -55,6 +55,7 @@ _EXPLANATIONS: tuple[tuple[type[BaseException], str], ...] = (
 
 _BROKEN = openssl_reason(None)
 """The reason where a connection broke during TLS, about which OpenSSL has nothing to say."""
+_NO_TLS = "it does not speak TLS: "
 _CLIENT_CERTIFICATE_ALERTS = (
     "alert bad certificate",
     "alert certificate expired",
@@ -81,7 +82,7 @@ def explain(exception: BaseException | None) -> str:
         if is_out_of_descriptors(cause):
             return "this server has no file descriptor left for a connection"
         if isinstance(cause, SSL.Error):
-            return f"TLS failed: {_tls_reason(cause)}"
+            return f"TLS failed: {_NO_TLS if speaks_no_tls(cause) else ''}{_tls_reason(cause)}"
         for kind, sentence in _EXPLANATIONS:
             if isinstance(cause, kind):
                 return sentence

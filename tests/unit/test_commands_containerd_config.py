@@ -150,7 +150,7 @@ def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     "words",
     [
         ["--url", "localhost:8080"],
-        ["--url", "http://a/path"],
+        ["--url", "http://a:1", "--url", "http://a/path"],
         ["--url", "ftp://a"],
         ["--url", "http://user@a"],
         ["--url", 'http://a"]'],
@@ -162,5 +162,9 @@ def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_options_are_refused(words: list[str]) -> None:
-    with pytest.raises(usage.UsageError):
+    """The error names the option, and its value where there is one."""
+    with pytest.raises(usage.UsageError) as error:
         ContainerdConfig().parseOptions(words)
+    option, value = words[-2:]
+    assert str(error.value).startswith(f"{option}")
+    assert repr(value) in str(error.value) or option == "--cert"

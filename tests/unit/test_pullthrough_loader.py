@@ -309,9 +309,8 @@ def test_outcome_text() -> None:
     assert str(LoadResult(APP, LoadStatus.LOADED, blobs=2, bytes=7)) == f"loaded: {APP}: 2 blobs, 7 bytes"
     # The reason often starts with the image name.
     assert str(LoadResult(APP, LoadStatus.FAILED, f"{APP}: it answered 404")) == f"failed: {APP}: it answered 404"
-    assert (
-        str(LoadResult(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)) == f"failed: {APP}: 1 blob, 5 bytes; down"
-    )
+    failed = LoadResult(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)
+    assert str(failed) == f"failed: {APP}: 1 blob, 5 bytes loaded; down"
     assert summary([]) == "0 loaded, 0 already there, 0 failed"
 
 

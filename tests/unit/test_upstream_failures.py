@@ -47,6 +47,7 @@ SENTENCES = [
     (tls("certificate verify failed"), "TLS failed: certificate verify failed"),
     (tls("unsupported protocol", "internal error"), "TLS failed: unsupported protocol; internal error"),
     (tls("tlsv1 alert internal error"), "TLS failed: tlsv1 alert internal error"),
+    (tls("wrong version number"), "TLS failed: it does not speak TLS: wrong version number"),
     (SSL.Error(), "TLS failed: the connection broke"),
     (SSL.SysCallError(-1, "Unexpected EOF"), "TLS failed: the connection broke"),
     (
