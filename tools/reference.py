@@ -65,7 +65,8 @@ def _table(options: Iterable[Option], keys: dict[str, str]) -> Iterator[str]:
     yield "| option | key in the file | default | meaning |\n" if keys else "| option | default | meaning |\n"
     yield "|---|---|---|---|\n" if keys else "|---|---|---|\n"
     for option in options:
-        spelled = f"`--{option.name}{' VALUE' if option.takes_value else ''}`"
+        value = " VALUE" if option.takes_value else ""
+        spelled = ", ".join(f"`{spelling}{value}`" for spelling in option.spellings)
         key = keys.get(option.name)
         cells = [spelled, *([f"`{key}`" if key else ""] if keys else [])]
         cells += [f"`{option.default}`" if option.default else "", _escaped(option.help)]
