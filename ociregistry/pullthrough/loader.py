@@ -402,8 +402,10 @@ class Preloader(Service):
         self._running.cancel()
 
     def _failed(self, failure: Failure) -> None:
-        if failure.check(OSError):
-            _log.error("cannot preload: {why}", why=failure.value)
+        error = failure.value
+        if isinstance(error, OSError):
+            named = error.filename and error.strerror
+            _log.error("cannot preload: {why}", why=f"{error.filename}: {error.strerror}" if named else error)
         elif not failure.check(CancelledError):
             _log.failure("a defect in preloading", failure)
 
