@@ -14,9 +14,9 @@ from math import floor
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6}) ?(?P<unit>[smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _LONGEST = 36_500 * _SECONDS["d"]
-_SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?:(?P<unit>[kKMGT])(?P<binary>i?)B?|B)")
+_SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 _PERCENT = re.compile(r"(?P<percent>[0-9]{1,3}) ?%")
-_POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _SHARE = re.compile(r"(?P<percent>[0-9]{1,2}(?:\.[0-9]{1,3})?) ?%")
 _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
 
@@ -75,8 +75,6 @@ def parse_duration(text: str) -> timedelta:
 
 def parse_size(text: str) -> int:
     """Parse a size such as `50GB` (powers of 1000) or `20MiB` (powers of 1024).
-
-    A number without a unit is refused: `max_size: 50` would prune nearly everything.
 
     Returns:
         Bytes.

@@ -56,8 +56,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"config": {"bandwidth": [{"from": "08:00", "to": "18:00", "max": "2MB"}]}}, "/config/bandwidth/0/max"),
     ({"config": {"reserve": "much"}}, "/config/reserve"),
     ({"config": {"prune": {"max_size": "40 gigabytes"}}}, "/config/prune/max_size"),
-    ({"config": {"prune": {"max_size": "50"}}}, "/config/prune/max_size"),
-    ({"config": {"reserve": "5"}}, "/config/reserve"),
     ({"config": {"prune": {"max_share": "0.5"}}}, "/config/prune/max_share"),
     ({"config": {"verify": {"max_rate": "5MB/s"}}}, "/config/verify/max_rate"),
     ({"config": {"max_connections": 10001}}, "/config/max_connections"),
