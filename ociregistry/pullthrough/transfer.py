@@ -11,12 +11,14 @@ from dataclasses import replace
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Backoff, Event
 from ociregistry.context import Context, Priority, Wanted
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Repository
+from ociregistry.store.partials import CHECKPOINT_EVERY
 from ociregistry.store.smallblobs import AnyPartial
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.http import DEFAULT_OPTIONS
@@ -255,8 +257,9 @@ class Connections:
     ) -> None:
         """Append to `partial` until it has `size` bytes, or to the end of the body if `size` is None.
 
-        Calls `changed` after each append. A source that sent no new byte is told so, and the next one is asked. The
-        registry itself does not continue bytes of mirrors of which one is known to be bad: its bytes would be lost.
+        Calls `changed` after each append, and syncs what came now and then. A source that sent no new byte is told
+        so, and the next one is asked. The registry itself does not continue bytes of mirrors of which one is known to
+        be bad: its bytes would be lost.
 
         Raises:
             Unavailable: no try succeeded for too long.
@@ -265,6 +268,17 @@ class Connections:
             BlobMismatch: the upstream has more or fewer bytes than `size`, or the bytes so far are probably wrong.
             OSError: the disk failed.
         """
+        checkpoints = LoopingCall(partial.checkpoint, self._clock)
+        checkpoints.clock = self._clock
+        checkpoints.start(CHECKPOINT_EVERY, now=False)
+        try:
+            await self._receive(stream, partial, size, changed)
+        finally:
+            checkpoints.stop()
+
+    async def _receive(
+        self, stream: BlobStream, partial: AnyPartial, size: int | None, changed: Callable[[], object]
+    ) -> None:
         while True:
             before = partial.length
             try:
@@ -325,7 +339,6 @@ class Connections:
                 raise BlobMismatch(f"{self}: the upstream sent more than {most} bytes")
             self._retries.progress(self._clock.seconds())
             await partial.append(*([b"".join(pieces)[known:]] if known else pieces))
-            partial.checkpoint(self._clock)
             changed()
             self._check_awaited()
             if self._scheduler.pauses(self.priority):

@@ -14,10 +14,11 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial as bind
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.names import Digest
@@ -147,7 +148,7 @@ def write_note(path: Path, note: Note, files: Files) -> None:
 
 _SYNC_BYTES = 64 * 1024 * 1024
 _SYNC_SECONDS = 30.0
-_SYNC_PAUSE = 1.0
+CHECKPOINT_EVERY = 1.0
 """Seconds from one sync to the next, at least: a sync holds up the writes, and a second's bytes soon come again."""
 _SLICE = 8 * 1024 * 1024
 """Bytes that a thread hashes again in one job."""
@@ -195,7 +196,8 @@ class Partial:
         self._threads = threads
         self._hasher = digest.hasher()
         self._hashed = 0
-        self._syncing: Deferred[None] = succeed(None)
+        self._turn = DeferredLock()
+        """Held while a thread syncs, changes the note, or makes the partial a blob."""
         self._synced_at: float | None = None
         self._broken: OSError | None = None
 
@@ -275,8 +277,7 @@ class Partial:
         """
         mirrored_from = self._note.mirrored_from
         if mirrored_from is None or mirrored_from > self.length:
-            await self._settled()
-            await self._in_thread(self._change_note, replace(self._note, mirrored_from=self.length))
+            await self._in_turn(bind(self._change_note, mirrored_from=self.length))
 
     async def cut_mirrored(self) -> bool:
         """Cut off the first byte that a mirror sent and all bytes after it; they are wrong.
@@ -290,15 +291,17 @@ class Partial:
         kept = min(self._note.mirrored_from or 0, self.length)
         if not kept or not self.sound:
             return False
-        await self._settled()
         # First the note: it must not promise bytes that the file lacks.
-        durable = min(self._note.durable, kept)
-        await self._in_thread(self._change_note, replace(self._note, durable=durable, mirrored_from=None))
+        await self._in_turn(self._disown, kept)
         self.length = kept
-        await self._in_thread(self._files.truncate, self._file, kept)
+        await self._in_turn(self._files.truncate, self._file, kept)
         return True
 
-    def _change_note(self, note: Note) -> None:
+    def _disown(self, kept: int) -> None:
+        self._change_note(durable=min(self._note.durable, kept), mirrored_from=None)
+
+    def _change_note(self, **changes: int | None) -> None:
+        note = replace(self._note, **changes)  # type: ignore[arg-type]  # the numbers among its fields
         write_note(self._path, note, self._files)
         self._note = note
 
@@ -355,32 +358,32 @@ class Partial:
     def checkpoint(self, clock: IReactorTime) -> None:
         """Begin to sync and note what is there, if 64 MiB have come since the last time, or after 30 s.
 
-        There is at most one sync a second. The bytes that arrive meanwhile are not delayed. A sync that fails makes
-        every later call fail.
+        Call it every `CHECKPOINT_EVERY` seconds, also while no byte comes: earlier ones may be due only now.
+        The bytes that arrive meanwhile are not delayed. A sync that fails makes every later call fail.
         """
         now = clock.seconds()
         if self._synced_at is None:
             self._synced_at = now
-        since = now - self._synced_at
-        enough = (self.length - self._note.durable >= _SYNC_BYTES and since >= _SYNC_PAUSE) or since >= _SYNC_SECONDS
-        if enough and self._syncing.called:
+        count = self.length - self._note.durable
+        is_due = count >= _SYNC_BYTES or (count > 0 and now - self._synced_at >= _SYNC_SECONDS)
+        if is_due and not self._turn.locked and self._broken is None:
             self._synced_at = now
-            self._syncing = self.sync()
+            self.sync()
 
     def sync(self) -> Deferred[None]:
-        """Sync what is there and note its length.
+        """Sync what is there and note its length, after a sync that runs already.
 
         The Deferred never fails; after a failure, every later call fails instead.
         """
-        return self._in_thread(self._sync, self.length).addErrback(self._break)
+        return self._in_turn(self._sync)
 
-    def _sync(self, length: int) -> None:
-        self._sound_only_after(lambda: self._files.sync_data(self._file))
-        self._change_note(replace(self._note, durable=length))
-
-    def _break(self, failure: object) -> None:
-        error = getattr(failure, "value", None)
-        self._broken = error if isinstance(error, OSError) else OSError(str(error))
+    def _sync(self) -> None:
+        length = self.length
+        try:
+            self._sound_only_after(lambda: self._files.sync_data(self._file))
+            self._change_note(durable=length)
+        except Exception as error:
+            self._broken = error if isinstance(error, OSError) else OSError(str(error))
 
     async def verify(self) -> None:
         """Return once the digest is proven to match.
@@ -402,12 +405,11 @@ class Partial:
         Raises:
             OSError: the blob cannot be synced or renamed, or an earlier sync failed.
         """
-        await self._settled()
-        if self._broken is not None:
-            raise self._broken
-        await self._in_thread(self._commit, target, make_way)
+        await self._in_turn(self._commit, target, make_way)
 
     def _commit(self, target: Path, make_way: Callable[[], object]) -> None:
+        if self._broken is not None:
+            raise self._broken
         make_way()
         self._sound_only_after(lambda: self._files.commit(self._file, self._path, target))
         self._files.unlink(note_path(self._path))
@@ -422,8 +424,7 @@ class Partial:
 
     async def discard(self) -> None:
         """Remove the partial and its note."""
-        await self._settled()
-        await self._in_thread(self.remove)
+        await self._in_turn(self.remove)
 
     def remove(self) -> None:
         """Remove the partial and its note, as `discard` does. Blocks."""
@@ -431,11 +432,6 @@ class Partial:
         if is_at(self._file.fileno(), self._path) or not os.path.lexists(self._path):
             self._files.unlink(self._path)
             self._files.unlink(note_path(self._path))
-
-    async def _settled(self) -> None:
-        settled: Deferred[None] = Deferred()
-        self._syncing.addCallback(settled.callback)
-        await settled
 
     def reader(self) -> PartialReader:
         """Return a reader, which keeps its file when the partial becomes a blob or is removed."""
@@ -450,6 +446,15 @@ class Partial:
         # This process may resume it before a thread has closed it.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         self._threads.close(descriptor)
+
+    def _in_turn(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Run `function` in a thread after those that were given earlier have ended, also the cancelled ones.
+
+        Two threads that write the note at once would take the temporary file from each other.
+        """
+        result: Deferred[T] = Deferred()
+        self._turn.run(lambda: self._in_thread(function, *args, **kwargs)).addBoth(result.callback)
+        return result
 
     def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         leases = self._file.lease(), self._held.lease()

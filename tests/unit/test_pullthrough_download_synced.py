@@ -1,0 +1,171 @@
+"""What has come of a blob is synced in time, however it came: a power cut loses no more than the last of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+import ociregistry.store.partials
+import ociregistry.store.store
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.store.files import Files, SharedFile
+from ociregistry.store.partials import Note
+from ociregistry.store.paths import note_path
+from ociregistry.store.store import Store
+from tests.unit.support.common import on_reactor, turn, until
+from tests.unit.support.power_cuts import InlineThreads
+from tests.unit.support.registries import MemoryRegistries
+from tests.unit.test_pullthrough_cache_stop import stop
+from tests.unit.test_pullthrough_download import DATA, DIGEST, begin
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sync after 1,000 bytes instead of 64 MiB."""
+    monkeypatch.setattr(ociregistry.store.partials, "_SYNC_BYTES", 1000)
+
+
+class SlowDisk(Files):
+    """A disk whose syncs of a download's bytes wait while it is `busy`."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
+        """The number of syncs that have begun."""
+        self._answers = threading.Event()
+        self._answers.set()
+
+    def busy(self) -> None:
+        """Let the syncs wait from now on."""
+        self._answers.clear()
+
+    def answer(self) -> None:
+        """Let them end."""
+        self._answers.set()
+
+    def sync_data(self, file: SharedFile) -> None:
+        self.syncs += 1
+        assert self._answers.wait(10)
+        super().sync_data(file)
+
+
+def durable(root: Path) -> int:
+    """Return how many bytes the note of the partial says are on disk."""
+    (path,) = (root / "pulls").rglob(DIGEST.hex)
+    note = Note.parse(note_path(path).read_bytes())
+    assert note is not None
+    return note.durable
+
+
+@on_reactor
+async def test_bytes_that_arrived_at_once_are_synced_though_no_more_come(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    content, sending = await begin(cache, upstreams)
+    sending.send(DATA[:50_000])
+    await content.more_than(49_999)
+    assert durable(root) == 0
+    clock.advance(1)
+    await until(lambda: durable(root) == 50_000)
+    content.close()
+    await stop(cache, clock)
+
+
+@on_reactor
+async def test_syncs_are_a_second_apart(
+    open_store: Callable[..., Store],
+    upstreams: MemoryRegistries,
+    clock: Clock,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They hold up the writes."""
+    monkeypatch.setattr(ociregistry.store.store, "Threads", InlineThreads)
+    disk = SlowDisk()
+    cache = PullThrough(open_store(files=disk), upstreams, clock)
+    content, sending = await begin(cache, upstreams)
+    for second in range(3):
+        for piece in range(second * 10, second * 10 + 10):
+            assert disk.syncs == second
+            sending.send(DATA[piece * 2000 : piece * 2000 + 2000])
+            await content.more_than(piece * 2000 + 1999)
+            clock.advance(0.1)
+        clock.advance(0.001)
+        assert (disk.syncs, durable(root)) == (second + 1, second * 20_000 + 20_000)
+    content.close()
+    await stop(cache, clock)
+
+
+@on_reactor
+async def test_a_few_bytes_are_synced_after_half_a_minute_though_no_more_come(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    content, sending = await begin(cache, upstreams)
+    sending.send(DATA[:500])
+    await content.more_than(499)
+    for _ in range(30):
+        clock.advance(1)
+        await turn()
+    assert durable(root) == 0
+    clock.advance(1)
+    await until(lambda: durable(root) == 500)
+    content.close()
+    await stop(cache, clock)
+
+
+@on_reactor
+async def test_bytes_that_arrived_during_a_sync_are_synced_though_no_more_come(
+    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    disk = SlowDisk()
+    cache = PullThrough(open_store(files=disk), upstreams, clock)
+    content, sending = await begin(cache, upstreams)
+    disk.busy()
+    sending.send(DATA[:2000])
+    await content.more_than(1999)
+    clock.advance(1)
+    await until(lambda: disk.syncs)
+    sending.send(DATA[2000:50_000])
+    await content.more_than(49_999)
+    for _ in range(3):
+        clock.advance(1)
+        await turn()
+    # Never two at once.
+    assert disk.syncs == 1
+    disk.answer()
+
+    def all_synced() -> bool:
+        clock.advance(1)
+        return durable(root) == 50_000
+
+    await until(all_synced)
+    content.close()
+    await stop(cache, clock)
+
+
+@on_reactor
+async def test_last_note_of_a_stop_waits_for_a_sync_that_runs(
+    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    """Otherwise the two would take the note's temporary file from each other, and a reboot lose what came."""
+    disk = SlowDisk()
+    cache = PullThrough(open_store(files=disk), upstreams, clock)
+    content, sending = await begin(cache, upstreams)
+    disk.busy()
+    sending.send(DATA[:2000])
+    await content.more_than(1999)
+    clock.advance(1)
+    sending.send(DATA[2000:50_000])
+    await content.more_than(49_999)
+    await until(lambda: disk.syncs)
+    content.close()
+    stopping = Deferred.fromCoroutine(stop(cache, clock))
+    for _ in range(20):
+        await turn()
+    disk.answer()
+    await stopping
+    assert durable(root) == 50_000
