@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachetools import LRUCache
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
@@ -77,6 +77,7 @@ class OpenBlobs:
         self._files = _Files(min(most, most_descriptors() // 4), threads.close)
         self.forgotten = 0
         """Grows each time that files were removed or replaced: one that was opened before is not to be kept."""
+        self._looking: Deferred[None] = succeed(None)
         self._loop = LoopingCall(self._look)
         self._loop.clock = clock
 
@@ -113,10 +114,13 @@ class OpenBlobs:
             if digest in self._files:
                 del self._files[digest]
 
-    def _look(self) -> Deferred[None]:
+    def _look(self) -> None:
+        # Not by the thread, which may wait for a disk that does not answer.
         if descriptors_are_scarce():
             self._drop(list(self._files))
-        return self._threads.read(_changed, list(self._files.all.values())).addCallback(self._forget_changed)
+        if self._looking.called:
+            looking = self._threads.read(_changed, list(self._files.all.values()))
+            self._looking = looking.addCallback(self._forget_changed)
 
     def _forget_changed(self, changed: Iterable[_OpenBlob]) -> None:
         # A file that was opened meanwhile is looked at next time.

@@ -256,6 +256,33 @@ async def test_none_is_kept_while_descriptors_are_scarce(
     await until(lambda: open_blobs(root) == [])
 
 
+@on_reactor
+async def test_none_is_kept_while_descriptors_are_scarce_and_a_look_hangs(
+    store: Store, root: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer must not keep the descriptors."""
+    await opened(store, root)
+    looking, answers = threading.Event(), threading.Event()
+    lstat = os.lstat
+
+    def hang(path: Path) -> os.stat_result:
+        if Path(path).name == DIGEST.hex:
+            looking.set()
+            assert answers.wait(10)
+        return lstat(path)
+
+    monkeypatch.setattr(os, "lstat", hang)
+    clock.advance(1)
+    await until(looking.is_set)
+    clock.advance(1)
+    assert is_kept(store)
+    monkeypatch.setattr(openblobs, "descriptors_are_scarce", lambda: True)
+    clock.advance(1)
+    assert not is_kept(store)
+    answers.set()
+    await until(lambda: open_blobs(root) == [])
+
+
 def file_of(folder: Path, digest: Digest) -> SharedFile:
     """Return a new open file that is named like a blob."""
     (folder / digest.hex).write_bytes(LAYER)
