@@ -112,8 +112,23 @@ class SharedFile:
 class SocketCopy(SharedFile):
     """A duplicate of a socket's descriptor, which stays valid when the connection is closed meanwhile."""
 
-    def __init__(self, socket: int) -> None:
-        super().__init__(os.dup(socket))
+    def __init__(self, socket: int, inode: int) -> None:
+        """Duplicate the descriptor `socket` of the socket with this `inode`.
+
+        Raises:
+            ConnectionAbortedError: the socket was closed, and its descriptor may be that of another file by now.
+            OSError: there is no descriptor for the duplicate.
+        """
+        try:
+            copy = os.dup(socket)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed") from error
+        super().__init__(copy)
+        if os.fstat(copy).st_ino != inode:
+            self.release()
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed")
 
     def release(self, close: Callable[[int], object] = close_descriptor) -> None:
         """Release a lease, and close the descriptor at once if it was the last: no disk is waited for."""

@@ -18,6 +18,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
+from ociregistry.errors import is_out_of_descriptors
 from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, read_written, send_file
 from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_at_once, send_for_a_turn
 
@@ -86,6 +87,10 @@ class _Read(_Job):
     discard: Callable[[Any], object] = lambda result: None
     """Called with a result that comes when `result` has fired."""
     leases: tuple[SharedFile, ...] = ()
+    to: tuple[int, int] | None = None
+    """Descriptor and inode of the socket to which `work` sends."""
+    copy: SocketCopy | None = None
+    """The duplicate of it that is made when `work` begins; None if the connection was closed by then."""
     result: Deferred[Any] = field(default_factory=Deferred)
     answered: bool = False
     """Whether `result` has fired."""
@@ -211,7 +216,10 @@ class Threads:
         the disk does not answer, no thread is asked to send what is in memory.
 
         Threads send to a duplicate of the socket: the connection may be closed meanwhile, and its number be used for
-        another one. The Deferred gives the number of bytes that were sent, 0 if the socket takes none at present.
+        another one. While there is no descriptor for that, bytes that need the disk wait.
+
+        Returns:
+            The number of bytes that were sent, 0 if the socket takes none at present.
 
         Raises:
             EOFError: through the Deferred: the file ends at `offset`.
@@ -219,28 +227,34 @@ class Threads:
         """
         first = min(count, SLICE)
         if not is_resident(file.fileno(), offset, first):
-            return self._submit(self._sending(file, path, offset, first, to))
+            return self._submit(self._sending(file, path, offset, first, to, os.fstat(to).st_ino))
         if in_thread and self._answers:
-            return self._turns.run(self._take_turn, file, path, offset, min(count, TURN), to)
+            return self._turns.run(self._take_turn, file, path, offset, min(count, TURN), to, os.fstat(to).st_ino)
         return execute(send_file, to, file.fileno(), offset, first)
 
-    def _take_turn(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
-        """Send in a thread at once; send nothing if the disk may be needed by now, so that the caller asks again."""
+    def _take_turn(self, file: SharedFile, path: Path, offset: int, count: int, to: int, inode: int) -> Deferred[int]:
+        """Send in a thread at once; send nothing if the disk may be needed by now, or if that lacks a descriptor.
+
+        The caller asks again, and then in the reactor's thread, as this client took nothing.
+        """
         if not (self._answers and is_resident(file.fileno(), offset, min(count, SLICE))):
             return succeed(0)
-        job = self._sending(file, path, offset, count, to)
+        job = self._sending(file, path, offset, count, to, inode)
         job.result = Deferred(lambda _: self._cancelled(job))
         # What waits for the disk must not hold up the turns of others.
-        self._begin(job)
-        return job.result
+        if self._begin(job):
+            return job.result
+        self._release(job)
+        return succeed(0)
 
-    def _sending(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> _Read:
-        socket, descriptor = SocketCopy(to), file.fileno()
-        return _Read(
-            path=path,
-            work=lambda: send_for_a_turn(socket.fileno(), descriptor, offset, count),
-            leases=(file.lease(), socket),
-        )
+    def _sending(self, file: SharedFile, path: Path, offset: int, count: int, to: int, inode: int) -> _Read:
+        def send() -> int:
+            if job.copy is None:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed")
+            return send_for_a_turn(job.copy.fileno(), file.fileno(), offset, count)
+
+        job = _Read(path=path, work=send, leases=(file.lease(),), to=(to, inode))
+        return job
 
     @property
     def _answers(self) -> bool:
@@ -310,15 +324,32 @@ class Threads:
             self._release(job)
 
     def _begin_waiting(self) -> None:
+        lacks_descriptor: set[_Read] = set()
         while self._quick < _READERS and len(self._reads) < _MOST_READERS:
             ready = (job for job in self._waiting if job.path is None or self._of_file[job.path] < _OF_ONE_FILE)
-            job = next(ready, None)
+            job = next((job for job in ready if job not in lacks_descriptor), None)
             if job is None:
                 return
-            del self._waiting[job]
-            self._begin(job)
+            if self._begin(job):
+                del self._waiting[job]
+            else:
+                # It is tried again when another read ends, or in the next second.
+                lacks_descriptor.add(job)
 
-    def _begin(self, job: _Read) -> None:
+    def _begin(self, job: _Read) -> bool:
+        """Begin a read, unless it lacks a descriptor for the copy of its socket."""
+        if job.to is not None:
+            # Not earlier: what waits would hold a second descriptor for each client.
+            try:
+                job.copy = SocketCopy(*job.to)
+                job.leases = (*job.leases, job.copy)
+            except ConnectionError:
+                # `work` tells.
+                pass
+            except OSError as error:
+                if not is_out_of_descriptors(error):
+                    raise
+                return False
         self._reads[job] = None
         self._quick += 1
         if job.path is not None:
@@ -328,6 +359,7 @@ class Threads:
             self._reactor.callFromThread(self._end, job, succeeded, result)
 
         self._reading.callInThreadWithCallback(ended, job.work)
+        return True
 
     def _end(self, job: _Read, succeeded: bool, result: Any) -> None:
         del self._reads[job]

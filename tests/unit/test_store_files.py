@@ -321,7 +321,7 @@ def test_copy_of_a_socket_is_closed_at_once() -> None:
     closed: list[int] = []
     here, there = socket.socketpair()
     with here, there:
-        copy = SocketCopy(here.fileno())
+        copy = SocketCopy(here.fileno(), os.fstat(here.fileno()).st_ino)
         copy.release(closed.append)
         assert not is_open(copy.fileno())
     assert closed == []

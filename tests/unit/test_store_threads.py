@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -296,4 +297,100 @@ async def test_turn_that_might_need_the_disk_by_now_is_not_taken(
         resident[0] = False
         disk.release()
         assert [await one for one in sending] == [4] * cores + [0] * 3
+    file.release()
+
+
+@on_reactor
+async def test_what_waits_for_the_disk_has_no_duplicate_of_its_socket(
+    threads: Threads, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of clients may wait for a slow disk: a second descriptor for each would be too many."""
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: False)
+    monkeypatch.setattr(ociregistry.store.threads, "send_for_a_turn", lambda *_: len(disk.read()))
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = open_descriptors()
+        sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=False) for _ in range(20)]
+        await until(lambda: disk.began == 2)
+        assert open_descriptors() - before == 2
+        disk.release()
+        assert [await one for one in sending] == [4] * 20
+        await turn()
+        assert open_descriptors() == before
+    file.release()
+
+
+@on_reactor
+async def test_sending_waits_for_a_descriptor(
+    threads: Threads, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not end an answer that has begun; what is in memory is sent without one, and reads do not wait."""
+    resident = [False]
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: resident[0])
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    ours, theirs = socket.socketpair()
+    dup, scarce = os.dup, [True]
+
+    def dup_or_fail(descriptor: int) -> int:
+        if scarce[0]:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return dup(descriptor)
+
+    monkeypatch.setattr(os, "dup", dup_or_fail)
+    with ours, theirs:
+        sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=False) for _ in range(3)]
+        assert await threads.read_file(path, lambda: b"read") == b"read"
+        resident[0] = True
+        assert await threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=True) == 0
+        assert await threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=False) == 7
+        assert theirs.recv(100) == b"content"
+        clock.advance(1)
+        await turn()
+        assert not any(one.called for one in sending)
+        scarce[0] = False
+        clock.advance(1)
+        assert [await one for one in sending] == [7] * 3
+        assert theirs.recv(100) == b"content" * 3
+    file.release()
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@on_reactor
+async def test_connection_that_is_closed_before_its_turn(
+    threads: Threads, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: bool
+) -> None:
+    """The number of its socket may be that of another one by then, which must not get the bytes."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    sent: list[int] = []
+
+    def send(*to: int) -> int:
+        sent.append(os.fstat(to[0]).st_ino)
+        return len(disk.read())
+
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: resident)
+    monkeypatch.setattr(ociregistry.store.threads, "send_for_a_turn", send)
+    at_once = min(len(os.sched_getaffinity(0)), 4) if resident else 2
+    ours, theirs = socket.socketpair()
+    first, number = os.fstat(ours.fileno()).st_ino, ours.fileno()
+    sending = [threads.send_at(file, path, 0, 7, number, in_thread=True) for _ in range(at_once + 2)]
+    await until(lambda: disk.began == at_once)
+    ours.close()
+    # One of them has that number.
+    others = socket.socketpair()
+    assert number in {other.fileno() for other in others}
+    disk.release()
+    assert [await one for one in sending[:at_once]] == [4] * at_once
+    for one in sending[at_once:]:
+        with pytest.raises(ConnectionError):
+            await one
+    assert set(sent) == {first}
+    for end in (theirs, *others):
+        end.close()
     file.release()
