@@ -301,6 +301,8 @@ class Partial:
         self._change_note(durable=min(self._note.durable, kept), mirrored_from=None)
 
     def _change_note(self, **changes: int | None) -> None:
+        # In a store that was replaced, it may be the note of another partial.
+        check_same(self._file, self._path)
         note = replace(self._note, **changes)  # type: ignore[arg-type]  # the numbers among its fields
         write_note(self._path, note, self._files)
         self._note = note

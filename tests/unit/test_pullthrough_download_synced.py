@@ -169,3 +169,26 @@ async def test_last_note_of_a_stop_waits_for_a_sync_that_runs(
     disk.answer()
     await stopping
     assert durable(root) == 50_000
+
+
+@on_reactor
+async def test_note_of_another_partial_is_left_alone(
+    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    """In a store that was replaced, it would promise bytes that were never synced."""
+    disk = SlowDisk()
+    cache = PullThrough(open_store(files=disk), upstreams, clock)
+    content, sending = await begin(cache, upstreams)
+    sending.send(DATA[:2000])
+    await content.more_than(1999)
+    (path,) = (root / "pulls").rglob(DIGEST.hex)
+    note = Note(0, Files().boot(), len(DATA), "another")
+    path.rename(root / "moved")
+    path.write_bytes(DATA[:10])
+    note_path(path).write_bytes(note.render())
+    clock.advance(1)
+    await until(lambda: disk.syncs)
+    content.close()
+    await stop(cache, clock)
+    assert Note.parse(note_path(path).read_bytes()) == note
+    assert path.read_bytes() == DATA[:10]
