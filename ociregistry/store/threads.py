@@ -94,6 +94,8 @@ class _Read(_Job):
     result: Deferred[Any] = field(default_factory=Deferred)
     answered: bool = False
     """Whether `result` has fired."""
+    in_turn: bool = False
+    """Whether it sends what is in memory: it counts not among the reads of its file, which it would hold up."""
 
 
 class Threads:
@@ -240,6 +242,7 @@ class Threads:
         if not (self._answers and is_resident(file.fileno(), offset, min(count, SLICE))):
             return succeed(0)
         job = self._sending(file, path, offset, count, to, inode)
+        job.in_turn = True
         job.result = Deferred(lambda _: self._cancelled(job))
         # What waits for the disk must not hold up the turns of others.
         if self._begin(job):
@@ -352,7 +355,7 @@ class Threads:
                 return False
         self._reads[job] = None
         self._quick += 1
-        if job.path is not None:
+        if job.path is not None and not job.in_turn:
             self._of_file[job.path] += 1
 
         def ended(succeeded: bool, result: Any) -> None:
@@ -365,7 +368,7 @@ class Threads:
         del self._reads[job]
         self._release(job)
         self._quick -= job.seconds < _SLOW
-        if job.path is not None:
+        if job.path is not None and not job.in_turn:
             self._of_file[job.path] -= 1
             if not self._of_file[job.path]:
                 del self._of_file[job.path]

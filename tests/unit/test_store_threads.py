@@ -394,3 +394,34 @@ async def test_connection_that_is_closed_before_its_turn(
     for end in (theirs, *others):
         end.close()
     file.release()
+
+
+@on_reactor
+async def test_clients_of_what_is_in_memory_hold_up_no_read_of_the_same_file(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fast client ends each turn, and begins the next one: on four cores, four of them run all the time."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(4)))
+    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: True)
+    released = threading.Semaphore(0)
+
+    def send(*_: int) -> int:
+        assert released.acquire(timeout=10)
+        return 7
+
+    monkeypatch.setattr(ociregistry.store.threads, "send_for_a_turn", send)
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    threads = Threads(REACTOR, clock)
+    threads.start()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=True) for _ in range(8)]
+        reading = threads.read_file(path, lambda: b"from the disk")
+        await until(lambda: reading.called)
+        assert await reading == b"from the disk"
+        released.release(8)
+        assert [await one for one in sending] == [7] * 8
+    threads.stop()
+    file.release()
