@@ -86,7 +86,7 @@ class Completion(Service):
         self._clock = clock
         self._metadata = metadata
         self._policy = policy
-        self._missing: dict[Digest, Mapping[Digest, int]] = {}
+        self._missing: dict[Digest, dict[Digest, int]] = {}
         """Wanted images -> the blobs that each lacks, with their sizes in bytes."""
         self._refused: dict[Digest, dict[Upstream, float]] = {}
         """Images left incomplete -> the upstreams that refused blobs of them, and when (clock seconds)."""
@@ -211,10 +211,9 @@ class Completion(Service):
 
     async def _note_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
         """Note the missing blobs of an image, and request them unless the upstream refused them recently."""
-        if digest in self._store.pending:
-            return
-        self._missing[digest] = missing
-        if digest in self._being_checked:
+        # Also of a pending one: a client may have brought some.
+        self._missing[digest] = dict(missing)
+        if digest in self._store.pending or digest in self._being_checked:
             return
         repository = self._untried(digest)
         if repository is not None and self._completes(digest, repository):
@@ -319,7 +318,7 @@ class Completion(Service):
         finally:
             self._being_checked.discard(digest)
         if missing:
-            self._missing[digest] = missing
+            self._missing[digest] = dict(missing)
         source = self._source(digest, repository)
         if lacks and self._completes(digest, source):
             await self._request(digest, source)
@@ -448,12 +447,9 @@ class Completion(Service):
                 blobs=len(blobs.missing),
                 bytes=size,
             )
-
-        def lacks(missing: Mapping[Digest, int]) -> None:
-            self._missing[digest] = missing
-
+        self._missing[digest] = dict(blobs.missing)
         try:
-            more = await blobs.take_turn(lacks)
+            more = await blobs.take_turn(self._brought)
         except RegistryError as error:
             _log.debug("{image} is not complete yet: {why}", image=image, why=error.message)
             self._put_off(digest)
@@ -474,6 +470,11 @@ class Completion(Service):
             self._foreign_refused[digest] = None
         await self.drop(digest)
         _log.info("completion finished: {image}", image=image)
+
+    def _brought(self, blob: Digest) -> None:
+        """Note that a blob is missing no more, in any image."""
+        for image in self._store.naming(blob):
+            self._missing.get(image, {}).pop(blob, None)
 
     async def drop(self, digest: Digest) -> None:
         """Remove an image from the pending and undecided ones: no more of its blobs are fetched."""

@@ -92,10 +92,10 @@ class ImageBlobs:
         self.missing = dict(await self._store.missing(self._digest) or {})
         self.missing_foreign = dict(await self._store.lacking_foreign(entry.foreign_layers)) if entry else {}
 
-    async def take_turn(self, lacks: Callable[[Mapping[Digest, int]], object]) -> bool:
+    async def take_turn(self, brought: Callable[[Digest], object]) -> bool:
         """Request some of what is missing: the smallest blobs first, foreign layers last.
 
-        Calls `lacks` with the missing required blobs, and their sizes in bytes, each time that they change.
+        Calls `brought` with each blob that is in the store by then.
 
         Returns:
             Whether some is left for the next turn.
@@ -104,7 +104,6 @@ class ImageBlobs:
             RegistryError: the upstream cannot be asked.
         """
         left = _MOST_IN_TURN
-        lacks(dict(self.missing))
         for refusals, blobs in ((self._required, self.missing), (self._foreign, self.missing_foreign)):
             for blob in refusals.without(blobs):
                 if self._required.enough or refusals.enough:
@@ -118,7 +117,7 @@ class ImageBlobs:
                     refusals.add(blob, error)
                 else:
                     del blobs[blob]
-                    lacks(dict(self.missing))
+                    brought(blob)
         return False
 
     async def _fetch_from_any(self, blob: Digest) -> None:

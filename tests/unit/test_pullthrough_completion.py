@@ -21,6 +21,7 @@ from tests.unit.support.completions import (
     APP,
     BASE,
     CONFIG,
+    DATA,
     ELSEWHERE,
     IMAGE,
     LARGE,
@@ -297,6 +298,44 @@ async def test_missing_blob_of_two_images_is_counted_once(
     assert LARGE in first.keys() & second.keys()
     assert completion.incomplete == Incomplete(2, sum({**first, **second}.values()))
     assert completion.missing == {IMAGE.digest: sum(first.values()), other.digest: sum(second.values())}
+
+
+@on_reactor
+async def test_blob_that_one_image_brought_is_missing_in_none(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
+    """Also in those whose turn has begun, or comes later: on a slow link that may take hours."""
+    other = manifest(make_image("sibling", base=BASE))
+    await pulled(completion, store)
+    await until(lambda: len(blob_fetcher.asked) == 1)
+    await pulled(completion, store, other, str(ELSEWHERE))
+    await until(lambda: len(blob_fetcher.asked) == 2)
+    for number, blob in ((0, CONFIG), (2, SMALL), (3, LARGE)):
+        await until(lambda: len(blob_fetcher.asked) > number)  # noqa: B023  # it is called in this turn
+        assert blob_fetcher.digests[number] == blob
+        blob_fetcher.put(blob)
+        blob_fetcher.results[number].callback(None)
+    await until(lambda: IMAGE.digest not in store.pending)
+    left = {blob.digest: blob.size for blob in other.blobs if blob.digest != LARGE}
+    assert len(left) == len(other.blobs) - 1
+    assert completion.incomplete == Incomplete(1, sum(left.values()))
+
+
+@on_reactor
+async def test_blob_that_a_client_brought_is_not_missing_in_an_image_that_is_worked_on(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock
+) -> None:
+    await pulled(completion, store)
+    await until(lambda: len(blob_fetcher.asked) == 1)
+    partial = await store.new_partial(LARGE, SIZES[LARGE], APP.repository)
+    await partial.append(DATA[LARGE])
+    await partial.verify()
+    await store.commit(partial)
+    partial.close()
+    clock.advance(1)
+    await until(lambda: completion.incomplete == Incomplete(1, SIZES[CONFIG] + SIZES[SMALL]))
+    await blob_fetcher.bring(CONFIG)
+    await until(lambda: completion.incomplete == Incomplete(1, SIZES[SMALL]))
 
 
 @on_reactor
