@@ -20,6 +20,8 @@ from ociregistry.store.threads import Threads
 
 _MOST = 2048
 """Files that are kept open, if the process may open four times as many. Each look at all of them takes 4 ms."""
+_AT_ONCE = 256
+"""Files that are looked at in one read: a look at all may take longer than a read of a disk that hangs."""
 _LOOK_EVERY = 1.0
 """Seconds."""
 
@@ -119,12 +121,14 @@ class OpenBlobs:
         if descriptors_are_scarce():
             self._drop(list(self._files))
         if self._looking.called:
-            looking = self._threads.read(_changed, list(self._files.all.values()))
-            self._looking = looking.addCallback(self._forget_changed)
+            self._looking = Deferred.fromCoroutine(self._look_at_all())
 
-    def _forget_changed(self, changed: Iterable[_OpenBlob]) -> None:
-        # A file that was opened meanwhile is looked at next time.
-        self._drop([kept.digest for kept in changed if self._files.all.get(kept.digest) is kept])
+    async def _look_at_all(self) -> None:
+        files = list(self._files.all.values())
+        for start in range(0, len(files), _AT_ONCE):
+            changed = await self._threads.read(_changed, files[start : start + _AT_ONCE])
+            # A file that was opened meanwhile is looked at next time.
+            self._drop([kept.digest for kept in changed if self._files.all.get(kept.digest) is kept])
 
 
 def _changed(files: Iterable[_OpenBlob]) -> list[_OpenBlob]:

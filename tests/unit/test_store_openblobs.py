@@ -283,6 +283,46 @@ async def test_none_is_kept_while_descriptors_are_scarce_and_a_look_hangs(
     await until(lambda: open_blobs(root) == [])
 
 
+@on_reactor
+async def test_look_at_many_files_is_many_reads(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each counts as hung after 20 s: over a network, a look at 2,000 files may take as long."""
+    threads = Threads(REACTOR, clock)
+    threads.start()
+    kept = OpenBlobs(threads, clock)
+    kept.start()
+    digests = [Digest.of(str(number).encode()) for number in range(600)]
+    lstat, looks = os.lstat, threading.Semaphore(0)
+    looked_at: list[Path] = []
+
+    def slow_lstat(path: Path) -> os.stat_result:
+        assert looks.acquire(timeout=10)
+        looked_at.append(path)
+        return lstat(path)
+
+    try:
+        for digest in digests:
+            file = file_of(tmp_path, digest)
+            kept.add(digest, tmp_path / digest.hex, file, Identity.of(os.fstat(file.fileno())), kept.forgotten)
+            file.release()
+        (tmp_path / digests[0].hex).unlink()
+        monkeypatch.setattr(os, "lstat", slow_lstat)
+        for second in range(1, 25):
+            clock.advance(1)
+            looks.release(24)
+            await until(lambda: len(looked_at) == 24 * second)  # noqa: B023  # it is called in this turn
+        assert threads.hung == ""
+        # What is gone is closed before the last was looked at.
+        looks.release(300)
+        await until(lambda: kept.get(digests[0]) is None)
+    finally:
+        monkeypatch.undo()
+        looks.release(600)
+        kept.stop()
+        threads.stop()
+
+
 def file_of(folder: Path, digest: Digest) -> SharedFile:
     """Return a new open file that is named like a blob."""
     (folder / digest.hex).write_bytes(LAYER)
