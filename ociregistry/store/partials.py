@@ -373,7 +373,7 @@ class Partial:
             self.sync()
 
     def sync(self) -> Deferred[None]:
-        """Sync what is there and note its length, after a sync that runs already.
+        """Sync what is there and note its length, after a sync that runs already, unless that did so.
 
         The Deferred never fails; after a failure, every later call fails instead.
         """
@@ -381,6 +381,8 @@ class Partial:
 
     def _sync(self) -> None:
         length = self.length
+        if length == self._note.durable:
+            return
         try:
             self._sound_only_after(lambda: self._files.sync_data(self._file))
             self._change_note(durable=length)

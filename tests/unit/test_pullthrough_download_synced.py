@@ -172,6 +172,27 @@ async def test_last_note_of_a_stop_waits_for_a_sync_that_runs(
 
 
 @on_reactor
+async def test_stop_syncs_nothing_twice(
+    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    """A slow disk would take twice as long as a stop waits."""
+    disk = SlowDisk()
+    cache = PullThrough(open_store(files=disk), upstreams, clock)
+    content, sending = await begin(cache, upstreams)
+    disk.busy()
+    sending.send(DATA[:50_000])
+    await content.more_than(49_999)
+    clock.advance(1)
+    await until(lambda: disk.syncs)
+    content.close()
+    stopping = Deferred.fromCoroutine(stop(cache, clock))
+    await turn()
+    disk.answer()
+    await stopping
+    assert (disk.syncs, durable(root)) == (1, 50_000)
+
+
+@on_reactor
 async def test_note_of_another_partial_is_left_alone(
     open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
