@@ -21,6 +21,7 @@ from typing import ParamSpec, TypeVar
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.interfaces import IReactorTime
 
+from ociregistry.errors import is_out_of_descriptors
 from ociregistry.names import Digest
 from ociregistry.store.files import (
     FileReplaced,
@@ -387,6 +388,9 @@ class Partial:
             self._sound_only_after(lambda: self._files.sync_data(self._file))
             self._change_note(durable=length)
         except Exception as error:
+            if is_out_of_descriptors(error):
+                # The bytes are there; the next call notes them.
+                return
             self._broken = error if isinstance(error, OSError) else OSError(str(error))
 
     async def verify(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +21,9 @@ from ociregistry.store.paths import note_path
 from ociregistry.store.store import Store
 from tests.unit.support.common import on_reactor, turn, until
 from tests.unit.support.power_cuts import InlineThreads
-from tests.unit.support.registries import MemoryRegistries
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_cache_stop import stop
-from tests.unit.test_pullthrough_download import DATA, DIGEST, begin
+from tests.unit.test_pullthrough_download import DATA, DIGEST, begin, read_all
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +192,49 @@ async def test_stop_syncs_nothing_twice(
     disk.answer()
     await stopping
     assert (disk.syncs, durable(root)) == (1, 50_000)
+
+
+class Scarce(Files):
+    """A process without a descriptor for a note, while it is `full`."""
+
+    full = failed = False
+
+    def put(self, target: Path, data: bytes, temporary: Path) -> None:
+        if self.full:
+            self.failed = True
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        super().put(target, data, temporary)
+
+
+@on_reactor
+async def test_note_without_a_descriptor_is_written_later(
+    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    """The bytes are there: it is no reason to end the download."""
+    disk = Scarce()
+    cache = PullThrough(open_store(files=disk), upstreams, clock)
+    content, sending = await begin(cache, upstreams)
+    disk.full = True
+    sending.send(DATA[:2000])
+    await content.more_than(1999)
+    clock.advance(1)
+    await until(lambda: disk.failed)
+    sending.send(DATA[2000:4000])
+    await content.more_than(3999)
+    sending.send(DATA[4000:50_000])
+    await content.more_than(49_999)
+    assert durable(root) == 0
+    disk.full = False
+
+    def all_synced() -> bool:
+        clock.advance(1)
+        return durable(root) == 50_000
+
+    await until(all_synced)
+    sending.send(DATA[50_000:]).end()
+    assert await read_all(content) == DATA
+    content.close()
+    await downloads_ended(cache)
 
 
 @on_reactor
