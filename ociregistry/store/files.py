@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -109,30 +110,38 @@ class SharedFile:
         return os.fstat(self._descriptor).st_size
 
 
-class SocketCopy(SharedFile):
-    """A duplicate of a socket's descriptor, which stays valid when the connection is closed meanwhile."""
+@dataclass(frozen=True, slots=True)
+class SocketNumber:
+    """The descriptor of a socket, which may be that of another file once the connection is closed."""
 
-    def __init__(self, socket: int, inode: int) -> None:
-        """Duplicate the descriptor `socket` of the socket with this `inode`.
+    descriptor: int
+    inode: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> SocketNumber:
+        """Take it from the descriptor of a socket that is open."""
+        return cls(descriptor, os.fstat(descriptor).st_ino)
+
+    @contextmanager
+    def duplicated(self) -> Iterator[int]:
+        """Give a duplicate of the descriptor, which stays valid when the connection is closed meanwhile.
 
         Raises:
-            ConnectionAbortedError: the socket was closed, and its descriptor may be that of another file by now.
+            ConnectionAbortedError: the connection is closed.
             OSError: there is no descriptor for the duplicate.
         """
         try:
-            copy = os.dup(socket)
+            copy = os.dup(self.descriptor)
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
             raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed") from error
-        super().__init__(copy)
-        if os.fstat(copy).st_ino != inode:
-            self.release()
-            raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed")
-
-    def release(self, close: Callable[[int], object] = close_descriptor) -> None:
-        """Release a lease, and close the descriptor at once if it was the last: no disk is waited for."""
-        super().release()
+        try:
+            if os.fstat(copy).st_ino != self.inode:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed")
+            yield copy
+        finally:
+            os.close(copy)
 
 
 _REGULAR_ALONE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

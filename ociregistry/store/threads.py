@@ -18,8 +18,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.errors import is_out_of_descriptors
-from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, read_written, send_file
+from ociregistry.store.files import SharedFile, SocketNumber, close_descriptor, read_written, send_file
 from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_at_once, send_for_a_turn
 
 _log = Logger(namespace="ociregistry.store")
@@ -87,15 +86,11 @@ class _Read(_Job):
     discard: Callable[[Any], object] = lambda result: None
     """Called with a result that comes when `result` has fired."""
     leases: tuple[SharedFile, ...] = ()
-    to: tuple[int, int] | None = None
-    """Descriptor and inode of the socket to which `work` sends."""
-    copy: SocketCopy | None = None
-    """The duplicate of it that is made when `work` begins; None if the connection was closed by then."""
     result: Deferred[Any] = field(default_factory=Deferred)
     answered: bool = False
     """Whether `result` has fired."""
-    in_turn: bool = False
-    """Whether it sends what is in memory: it counts not among the reads of its file, which it would hold up."""
+    in_memory: bool = False
+    """Whether it sends what is in memory: it does not count among the reads of its file, which it would hold up."""
 
 
 class Threads:
@@ -218,46 +213,41 @@ class Threads:
         the disk does not answer, no thread is asked to send what is in memory.
 
         Threads send to a duplicate of the socket: the connection may be closed meanwhile, and its number be used for
-        another one. While there is no descriptor for that, bytes that need the disk wait.
+        another one.
 
         Returns:
             The number of bytes that were sent, 0 if the socket takes none at present.
 
         Raises:
             EOFError: through the Deferred: the file ends at `offset`.
-            OSError: the bytes cannot be read, or the connection is lost; through the Deferred if a thread sends them.
+            OSError: the bytes cannot be read, the connection is lost, or there is no descriptor for the duplicate;
+                through the Deferred if a thread sends them.
         """
         first = min(count, SLICE)
         if not is_resident(file.fileno(), offset, first):
-            return self._submit(self._sending(file, path, offset, first, to, os.fstat(to).st_ino))
+            return self._submit(self._sending(file, path, offset, first, SocketNumber.of(to)))
         if in_thread and self._answers:
-            return self._turns.run(self._take_turn, file, path, offset, min(count, TURN), to, os.fstat(to).st_ino)
+            return self._turns.run(self._take_turn, file, path, offset, min(count, TURN), SocketNumber.of(to))
         return execute(send_file, to, file.fileno(), offset, first)
 
-    def _take_turn(self, file: SharedFile, path: Path, offset: int, count: int, to: int, inode: int) -> Deferred[int]:
-        """Send in a thread at once; send nothing if the disk may be needed by now, or if that lacks a descriptor.
-
-        The caller asks again, and then in the reactor's thread, as this client took nothing.
-        """
+    def _take_turn(self, file: SharedFile, path: Path, offset: int, count: int, to: SocketNumber) -> Deferred[int]:
+        """Send in a thread at once; send nothing if the disk may be needed by now, so that the caller asks again."""
         if not (self._answers and is_resident(file.fileno(), offset, min(count, SLICE))):
             return succeed(0)
-        job = self._sending(file, path, offset, count, to, inode)
-        job.in_turn = True
+        job = self._sending(file, path, offset, count, to)
+        job.in_memory = True
         job.result = Deferred(lambda _: self._cancelled(job))
         # What waits for the disk must not hold up the turns of others.
-        if self._begin(job):
-            return job.result
-        self._release(job)
-        return succeed(0)
+        self._begin(job)
+        return job.result
 
-    def _sending(self, file: SharedFile, path: Path, offset: int, count: int, to: int, inode: int) -> _Read:
+    def _sending(self, file: SharedFile, path: Path, offset: int, count: int, to: SocketNumber) -> _Read:
         def send() -> int:
-            if job.copy is None:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed")
-            return send_for_a_turn(job.copy.fileno(), file.fileno(), offset, count)
+            # Not earlier: what waits would hold a second descriptor for each client.
+            with to.duplicated() as socket:
+                return send_for_a_turn(socket, file.fileno(), offset, count)
 
-        job = _Read(path=path, work=send, leases=(file.lease(),), to=(to, inode))
-        return job
+        return _Read(path=path, work=send, leases=(file.lease(),))
 
     @property
     def _answers(self) -> bool:
@@ -327,48 +317,30 @@ class Threads:
             self._release(job)
 
     def _begin_waiting(self) -> None:
-        lacks_descriptor: set[_Read] = set()
         while self._quick < _READERS and len(self._reads) < _MOST_READERS:
             ready = (job for job in self._waiting if job.path is None or self._of_file[job.path] < _OF_ONE_FILE)
-            job = next((job for job in ready if job not in lacks_descriptor), None)
+            job = next(ready, None)
             if job is None:
                 return
-            if self._begin(job):
-                del self._waiting[job]
-            else:
-                # It is tried again when another read ends, or in the next second.
-                lacks_descriptor.add(job)
+            del self._waiting[job]
+            self._begin(job)
 
-    def _begin(self, job: _Read) -> bool:
-        """Begin a read, unless it lacks a descriptor for the copy of its socket."""
-        if job.to is not None:
-            # Not earlier: what waits would hold a second descriptor for each client.
-            try:
-                job.copy = SocketCopy(*job.to)
-                job.leases = (*job.leases, job.copy)
-            except ConnectionError:
-                # `work` tells.
-                pass
-            except OSError as error:
-                if not is_out_of_descriptors(error):
-                    raise
-                return False
+    def _begin(self, job: _Read) -> None:
         self._reads[job] = None
         self._quick += 1
-        if job.path is not None and not job.in_turn:
+        if job.path is not None and not job.in_memory:
             self._of_file[job.path] += 1
 
         def ended(succeeded: bool, result: Any) -> None:
             self._reactor.callFromThread(self._end, job, succeeded, result)
 
         self._reading.callInThreadWithCallback(ended, job.work)
-        return True
 
     def _end(self, job: _Read, succeeded: bool, result: Any) -> None:
         del self._reads[job]
         self._release(job)
         self._quick -= job.seconds < _SLOW
-        if job.path is not None and not job.in_turn:
+        if job.path is not None and not job.in_memory:
             self._of_file[job.path] -= 1
             if not self._of_file[job.path]:
                 del self._of_file[job.path]

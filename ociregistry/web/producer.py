@@ -15,7 +15,7 @@ from zope.interface import implementer
 
 from ociregistry.admin.requests import Requests
 from ociregistry.concurrency import Event
-from ociregistry.errors import Unavailable
+from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.log import Seldom
 from ociregistry.pullthrough.cache import Content, FileContent, is_in_file
 from ociregistry.web.channel import Channel
@@ -163,9 +163,15 @@ class ContentProducer:
         socket = self._channel.socket
         if socket is None:
             raise ClientGone("the connection is lost")
-        with self._channel.whole_packets():
-            in_thread = self._is_fast and len(self._transfers) > 1
-            sent = await content.send(socket, start, count, in_thread=in_thread)
+        try:
+            with self._channel.whole_packets():
+                in_thread = self._is_fast and len(self._transfers) > 1
+                sent = await content.send(socket, start, count, in_thread=in_thread)
+        except OSError as error:
+            if not is_out_of_descriptors(error):
+                raise
+            # A thread that sends needs one more than a thread that reads.
+            return await self._write(start, min(count, self._unsent.piece))
         self._is_fast = sent >= _TAKEN_AT_ONCE
         return sent
 

@@ -14,7 +14,7 @@ from ociregistry.store import files as files_module
 from ociregistry.store.files import (
     Files,
     SharedFile,
-    SocketCopy,
+    SocketNumber,
     lock,
     locked,
     open_regular,
@@ -316,15 +316,25 @@ def test_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     assert open_descriptors() <= before
 
 
-def test_copy_of_a_socket_is_closed_at_once() -> None:
-    """Closing a file that was removed may take long; a copy of a socket must not wait behind it."""
-    closed: list[int] = []
+def test_socket_is_duplicated_only_while_it_has_its_descriptor() -> None:
     here, there = socket.socketpair()
     with here, there:
-        copy = SocketCopy(here.fileno(), os.fstat(here.fileno()).st_ino)
-        copy.release(closed.append)
-        assert not is_open(copy.fileno())
-    assert closed == []
+        number = SocketNumber.of(here.fileno())
+        with number.duplicated() as copy:
+            assert os.fstat(copy).st_ino == number.inode
+        assert not is_open(copy)
+
+    def assert_refused() -> None:
+        before = open_descriptors()
+        with pytest.raises(ConnectionAbortedError), number.duplicated():
+            pass
+        assert open_descriptors() == before
+
+    assert_refused()
+    others = socket.socketpair()
+    with others[0], others[1]:
+        assert number.descriptor in {other.fileno() for other in others}
+        assert_refused()
 
 
 @pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EPIPE, errno.ECONNRESET])

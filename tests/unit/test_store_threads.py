@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import threading
@@ -320,42 +319,6 @@ async def test_what_waits_for_the_disk_has_no_duplicate_of_its_socket(
         assert [await one for one in sending] == [4] * 20
         await turn()
         assert open_descriptors() == before
-    file.release()
-
-
-@on_reactor
-async def test_sending_waits_for_a_descriptor(
-    threads: Threads, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It does not end an answer that has begun; what is in memory is sent without one, and reads do not wait."""
-    resident = [False]
-    monkeypatch.setattr(ociregistry.store.threads, "is_resident", lambda *_: resident[0])
-    path = tmp_path / "file"
-    path.write_bytes(b"content")
-    file = open_regular(path)
-    ours, theirs = socket.socketpair()
-    dup, scarce = os.dup, [True]
-
-    def dup_or_fail(descriptor: int) -> int:
-        if scarce[0]:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return dup(descriptor)
-
-    monkeypatch.setattr(os, "dup", dup_or_fail)
-    with ours, theirs:
-        sending = [threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=False) for _ in range(3)]
-        assert await threads.read_file(path, lambda: b"read") == b"read"
-        resident[0] = True
-        assert await threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=True) == 0
-        assert await threads.send_at(file, path, 0, 7, ours.fileno(), in_thread=False) == 7
-        assert theirs.recv(100) == b"content"
-        clock.advance(1)
-        await turn()
-        assert not any(one.called for one in sending)
-        scarce[0] = False
-        clock.advance(1)
-        assert [await one for one in sending] == [7] * 3
-        assert theirs.recv(100) == b"content" * 3
     file.release()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -290,6 +292,31 @@ class Takes(FullAtFirst):
     async def send(self, socket: object, start: int, count: int, *, in_thread: bool) -> int:
         self.in_thread.append(in_thread)
         return self._takes.pop(0)
+
+
+class LacksDescriptors(FullAtFirst):
+    """A channel and a file, of which no thread can send: there is no descriptor left."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.written = b""
+
+    async def send(self, socket: object, start: int, count: int, *, in_thread: bool) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def read(self, offset: int, count: int) -> Deferred[bytes]:
+        return succeed(b"12345"[offset : offset + count])
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+
+def test_answer_that_has_begun_is_not_cut_short_without_a_descriptor(clock: Clock) -> None:
+    lacking: Any = LacksDescriptors(clock)
+    limits = SendLimits(PATIENCE, Unsent(clock), Seldom(clock), lambda: True, Requests())
+    producer = ContentProducer(lacking, lacking, 0, limits, clock)
+    assert Deferred.fromCoroutine(producer.send(1, 5)).called
+    assert (lacking.written, producer.sent) == (b"2345", 4)
 
 
 def test_several_transfers_are_sent_by_threads(clock: Clock) -> None:
