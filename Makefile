@@ -71,7 +71,8 @@ test-long: $(VENV)/test.stamp ## run the long tests (needs root)
 	$(call need,$(SERVERS) $(RUNNERS) $(DISTRIBUTED))
 	# The tests of the image compare with it.
 	$(MAKE) --no-print-directory image
-	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m long tests
+	# Several last longer than the two minutes after which a test is said to hang.
+	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -o faulthandler_timeout=900 -m long tests
 
 test-debian: ## run the tests in memory on Debian's Python, Twisted and other packages, without pip
 	$(call need,$(DEBIANS))

@@ -15,11 +15,12 @@ pytestmark = pytest.mark.long
 
 
 def test_twice_the_same(layout: Layout, bill: Path, tmp_path: Path) -> None:
-    """Also if files are changed since the commit: they are copied."""
+    """Also if files are changed since the commit: they are copied, and links as links."""
     checkout = tmp_path / "another-folder" / "checkout"
     run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(checkout)])
     for name in run(["git", "-C", str(ROOT), "ls-files", "-z"]).stdout.rstrip("\0").split("\0"):
-        shutil.copyfile(ROOT / name, checkout / name)
+        (checkout / name).unlink(missing_ok=True)
+        shutil.copy(ROOT / name, checkout / name, follow_symlinks=False)
     run(["make", "-C", str(checkout), "image"], timeout=1200)
     again = checkout / "build"
     assert Layout(again / f"{BUILT.name}.oci.tar").digest == layout.digest
