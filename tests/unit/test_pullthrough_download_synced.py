@@ -14,14 +14,14 @@ from twisted.internet.task import Clock
 
 import ociregistry.store.partials
 import ociregistry.store.store
-from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.cache import Content, PullThrough
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.partials import Note
 from ociregistry.store.paths import note_path
 from ociregistry.store.store import Store
 from tests.unit.support.common import on_reactor, turn, until
 from tests.unit.support.power_cuts import InlineThreads
-from tests.unit.support.registries import MemoryRegistries, downloads_ended
+from tests.unit.support.registries import MemoryRegistries, Sending, downloads_ended
 from tests.unit.test_pullthrough_cache_stop import stop
 from tests.unit.test_pullthrough_download import DATA, DIGEST, begin, read_all
 
@@ -63,13 +63,19 @@ def durable(root: Path) -> int:
     return note.durable
 
 
+async def begin_with(cache: PullThrough, upstreams: MemoryRegistries, count: int) -> tuple[Content, Sending]:
+    """Begin a download, of which `count` bytes have come."""
+    content, sending = await begin(cache, upstreams)
+    sending.send(DATA[:count])
+    await content.more_than(count - 1)
+    return content, sending
+
+
 @on_reactor
 async def test_bytes_that_arrived_at_once_are_synced_though_no_more_come(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    content, sending = await begin(cache, upstreams)
-    sending.send(DATA[:50_000])
-    await content.more_than(49_999)
+    content, _sending = await begin_with(cache, upstreams, 50_000)
     assert durable(root) == 0
     clock.advance(1)
     await until(lambda: durable(root) == 50_000)
@@ -106,9 +112,7 @@ async def test_syncs_are_a_second_apart(
 async def test_a_few_bytes_are_synced_after_half_a_minute_though_no_more_come(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    content, sending = await begin(cache, upstreams)
-    sending.send(DATA[:500])
-    await content.more_than(499)
+    content, _sending = await begin_with(cache, upstreams, 500)
     for _ in range(30):
         clock.advance(1)
         await turn()
@@ -125,10 +129,8 @@ async def test_bytes_that_arrived_during_a_sync_are_synced_though_no_more_come(
 ) -> None:
     disk = SlowDisk()
     cache = PullThrough(open_store(files=disk), upstreams, clock)
-    content, sending = await begin(cache, upstreams)
     disk.busy()
-    sending.send(DATA[:2000])
-    await content.more_than(1999)
+    content, sending = await begin_with(cache, upstreams, 2000)
     clock.advance(1)
     await until(lambda: disk.syncs)
     sending.send(DATA[2000:50_000])
@@ -156,10 +158,8 @@ async def test_last_note_of_a_stop_waits_for_a_sync_that_runs(
     """Otherwise the two would take the note's temporary file from each other, and a reboot lose what came."""
     disk = SlowDisk()
     cache = PullThrough(open_store(files=disk), upstreams, clock)
-    content, sending = await begin(cache, upstreams)
     disk.busy()
-    sending.send(DATA[:2000])
-    await content.more_than(1999)
+    content, sending = await begin_with(cache, upstreams, 2000)
     clock.advance(1)
     sending.send(DATA[2000:50_000])
     await content.more_than(49_999)
@@ -180,10 +180,8 @@ async def test_stop_syncs_nothing_twice(
     """A slow disk would take twice as long as a stop waits."""
     disk = SlowDisk()
     cache = PullThrough(open_store(files=disk), upstreams, clock)
-    content, sending = await begin(cache, upstreams)
     disk.busy()
-    sending.send(DATA[:50_000])
-    await content.more_than(49_999)
+    content, _sending = await begin_with(cache, upstreams, 50_000)
     clock.advance(1)
     await until(lambda: disk.syncs)
     content.close()
@@ -213,10 +211,8 @@ async def test_note_without_a_descriptor_is_written_later(
     """The bytes are there: it is no reason to end the download."""
     disk = Scarce()
     cache = PullThrough(open_store(files=disk), upstreams, clock)
-    content, sending = await begin(cache, upstreams)
     disk.full = True
-    sending.send(DATA[:2000])
-    await content.more_than(1999)
+    content, sending = await begin_with(cache, upstreams, 2000)
     clock.advance(1)
     await until(lambda: disk.failed)
     sending.send(DATA[2000:4000])
@@ -244,9 +240,7 @@ async def test_note_of_another_partial_is_left_alone(
     """In a store that was replaced, it would promise bytes that were never synced."""
     disk = SlowDisk()
     cache = PullThrough(open_store(files=disk), upstreams, clock)
-    content, sending = await begin(cache, upstreams)
-    sending.send(DATA[:2000])
-    await content.more_than(1999)
+    content, _sending = await begin_with(cache, upstreams, 2000)
     (path,) = (root / "pulls").rglob(DIGEST.hex)
     note = Note(0, Files().boot(), len(DATA), "another")
     path.rename(root / "moved")
