@@ -269,7 +269,13 @@ class Client(threading.Thread):
         unknowable = one.spoiled and (ends_short or not to_the_end) and not complete
         wrong = (complete and ends_short) or not (unknowable or data.startswith(body))
         if wrong:
-            self._tally.violation(f"{what}: wrong, {len(body)} of {len(data)} bytes")
+            same = next(
+                (at for at, (one, other) in enumerate(zip(body, data, strict=False)) if one != other), len(body)
+            )
+            differ = sum(one != other for one, other in zip(body, data, strict=False))
+            self._tally.violation(
+                f"{what}: wrong, {len(body)} of {len(data)} bytes, {differ} of them, from byte {same} on"
+            )
         self._tally.count(outcome, len(body))
 
 

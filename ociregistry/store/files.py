@@ -115,12 +115,12 @@ class SocketNumber:
     """The descriptor of a socket, which may be that of another file once the connection is closed."""
 
     descriptor: int
-    inode: int
+    status: os.stat_result
 
     @classmethod
     def of(cls, descriptor: int) -> SocketNumber:
         """Take it from the descriptor of a socket that is open."""
-        return cls(descriptor, os.fstat(descriptor).st_ino)
+        return cls(descriptor, os.fstat(descriptor))
 
     @contextmanager
     def duplicated(self) -> Iterator[int]:
@@ -137,7 +137,7 @@ class SocketNumber:
                 raise
             raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed") from error
         try:
-            if os.fstat(copy).st_ino != self.inode:
+            if not os.path.samestat(os.fstat(copy), self.status):
                 raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed")
             yield copy
         finally:
