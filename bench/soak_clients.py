@@ -272,7 +272,7 @@ class Client(threading.Thread):
             same = next(
                 (at for at, (one, other) in enumerate(zip(body, data, strict=False)) if one != other), len(body)
             )
-            differ = sum(one != other for one, other in zip(body, data, strict=False))
+            differ = sum(got != right for got, right in zip(body, data, strict=False))
             self._tally.violation(
                 f"{what}: wrong, {len(body)} of {len(data)} bytes, {differ} of them, from byte {same} on"
             )
