@@ -26,8 +26,8 @@ class Download:
     """Fetches a blob into a partial, verifies it and commits it to the store.
 
     A download belongs to no client: it continues after all clients have gone where a manifest tells the size. It
-    resumes the partial of an earlier download. `size` in bytes is None until it is known. `available` leaves out
-    the last byte until the digest has been verified.
+    resumes the partial of an earlier download. `size` in bytes is None until it is known. No reader gets the last
+    byte until the digest has been verified.
     """
 
     def __init__(
@@ -71,15 +71,6 @@ class Download:
             self._stopping = True
             self._running.cancel()
         return ended
-
-    @property
-    def available(self) -> int:
-        """The number of bytes that can be read."""
-        if self._partial is None:
-            return 0
-        if self._verified or self.size is None:
-            return self._partial.length
-        return max(0, min(self._partial.length, self.size - 1))
 
     @property
     def length(self) -> int:
@@ -169,15 +160,23 @@ class Download:
         finally:
             self._connections.leave()
 
-    async def more_than(self, offset: int) -> int:
-        """Return `available` as soon as it exceeds `offset`.
+    async def more_than(self, offset: int, size: int) -> int:
+        """Return the number of readable bytes as soon as it exceeds `offset`; the blob should have `size` bytes.
+
+        The last of them can be read once the digest has been verified.
 
         Raises:
-            RegistryError: the download failed.
+            RegistryError: the download failed, or the blob has another size.
         """
-        while self.available <= offset:
+        while not self._verified:
+            # Not by the size of the download: it may be unknown where the reader has its own from a later manifest.
+            available = min(self.length, size - 1)
+            if available > offset:
+                return available
             await self._change()
-        return self.available
+        if self.length != size:
+            raise BlobMismatch(f"{self}: the blob has {self.length} bytes, expected {size}")
+        return size
 
     async def _change(self) -> None:
         """Wait for the next change; raise `error` if the download failed."""
@@ -320,7 +319,7 @@ class DownloadReader:
 
     def more_than(self, offset: int) -> Deferred[int]:
         """Fire with the number of readable bytes as soon as it exceeds `offset`; fail when no more will come."""
-        return Deferred.fromCoroutine(self._download.more_than(offset))
+        return Deferred.fromCoroutine(self._download.more_than(offset, self.size))
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
         """Fire with at most `count` of the bytes at `offset`, which must be readable."""

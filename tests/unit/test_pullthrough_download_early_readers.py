@@ -293,3 +293,50 @@ async def test_stop_ends_early_reader(
     with pytest.raises(Unavailable, match="stopping"):
         await waiting
     content.close()
+
+
+@on_reactor
+async def test_last_byte_of_a_download_of_unknown_size_waits_for_the_digest(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    """The download began before a manifest told the size, which a later client knows."""
+    first = get(cache)
+    first.addErrback(lambda failure: failure.trap(RegistryError))
+    await until(lambda: upstreams)
+    sending = upstreams[0].stream(None)
+    await store.keep(manifest(BUILT), APP)
+    asked = get(cache)
+    (download,) = cache.in_flight.values()
+    await until(lambda: download.clients == 2)
+    clock.advance(10)
+    content = (await asked).content
+    assert content.size == SIZE
+    sending.send(bytes(SIZE))
+    assert await content.more_than(0) == SIZE - 1
+    last = content.more_than(SIZE - 1)
+    sending.send(bytes(SIZE))
+    await turn()
+    assert not last.called
+    sending.end()
+    with pytest.raises(RegistryError):
+        await last
+    content.close()
+
+
+@on_reactor
+async def test_reader_that_expects_another_size_gets_no_last_byte(
+    cache: PullThrough, upstreams: MemoryRegistries
+) -> None:
+    first = get(cache)
+    await until(lambda: upstreams)
+    sending = upstreams[0].stream(None)
+    (download,) = cache.in_flight.values()
+    readers = [download.early_reader(size) for size in (SIZE - 1, SIZE + 1)]
+    sending.send(DATA).end()
+    for reader in readers:
+        with pytest.raises(RegistryError, match=f"the blob has {SIZE} bytes, expected {reader.size}"):
+            await reader.more_than(SIZE - 2)
+        reader.close()
+    content = (await first).content
+    assert await read_all(content) == DATA
+    content.close()
