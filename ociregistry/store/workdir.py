@@ -218,7 +218,7 @@ class PullsFolder:
             self.path  # noqa: B018  # the property takes it
 
     def _take(self) -> tuple[Path, int]:
-        # Who removed pulls/<n>/ may have removed these too, and what is finished next needs them.
+        # They may have been removed together with pulls/<n>/, and the next blob or record needs them.
         for needed in store_folders(self._root):
             needed.mkdir(parents=True, exist_ok=True)
         shared = store_lock(self._root)

@@ -66,9 +66,14 @@ def durable(root: Path) -> int:
 async def begin_with(cache: PullThrough, upstreams: MemoryRegistries, count: int) -> tuple[Content, Sending]:
     """Begin a download, of which `count` bytes have come."""
     content, sending = await begin(cache, upstreams)
-    sending.send(DATA[:count])
-    await content.more_than(count - 1)
+    await bring(content, sending, 0, count)
     return content, sending
+
+
+async def bring(content: Content, sending: Sending, start: int, stop: int) -> None:
+    """Send these bytes of the blob; return when the client can read them."""
+    sending.send(DATA[start:stop])
+    await content.more_than(stop - 1)
 
 
 @on_reactor
@@ -99,8 +104,7 @@ async def test_syncs_are_a_second_apart(
     for second in range(3):
         for piece in range(second * 10, second * 10 + 10):
             assert disk.syncs == second
-            sending.send(DATA[piece * 2000 : piece * 2000 + 2000])
-            await content.more_than(piece * 2000 + 1999)
+            await bring(content, sending, piece * 2000, piece * 2000 + 2000)
             clock.advance(0.1)
         clock.advance(0.001)
         assert (disk.syncs, durable(root)) == (second + 1, second * 20_000 + 20_000)
@@ -133,8 +137,7 @@ async def test_bytes_that_arrived_during_a_sync_are_synced_though_no_more_come(
     content, sending = await begin_with(cache, upstreams, 2000)
     clock.advance(1)
     await until(lambda: disk.syncs)
-    sending.send(DATA[2000:50_000])
-    await content.more_than(49_999)
+    await bring(content, sending, 2000, 50_000)
     for _ in range(3):
         clock.advance(1)
         await turn()
@@ -161,8 +164,7 @@ async def test_last_note_of_a_stop_waits_for_a_sync_that_runs(
     disk.busy()
     content, sending = await begin_with(cache, upstreams, 2000)
     clock.advance(1)
-    sending.send(DATA[2000:50_000])
-    await content.more_than(49_999)
+    await bring(content, sending, 2000, 50_000)
     await until(lambda: disk.syncs)
     content.close()
     stopping = Deferred.fromCoroutine(stop(cache, clock))
@@ -208,17 +210,15 @@ class Scarce(Files):
 async def test_note_without_a_descriptor_is_written_later(
     open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    """The bytes are there: it is no reason to end the download."""
+    """The bytes are on disk, so the download goes on."""
     disk = Scarce()
     cache = PullThrough(open_store(files=disk), upstreams, clock)
     disk.full = True
     content, sending = await begin_with(cache, upstreams, 2000)
     clock.advance(1)
     await until(lambda: disk.failed)
-    sending.send(DATA[2000:4000])
-    await content.more_than(3999)
-    sending.send(DATA[4000:50_000])
-    await content.more_than(49_999)
+    await bring(content, sending, 2000, 4000)
+    await bring(content, sending, 4000, 50_000)
     assert durable(root) == 0
     disk.full = False
 

@@ -108,7 +108,7 @@ def test_malformed_endpoint_is_refused_before_anything_starts(path: Path, text: 
     ["systemd:domain=INET6:index=0", "ssl:8443:certKey=/nowhere:privateKey=/nowhere", r"tcp6:1:interface=\:\:1"],
 )
 def test_endpoint_that_cannot_be_used_here_is_accepted(path: Path, text: str) -> None:
-    """`check` runs without systemd's sockets, and perhaps as a user who may not read the key."""
+    """`check` has no sockets of systemd, and its user may be unable to read the key."""
     assert load(path, f"listen: ['{text}']").listen == (text,)
 
 

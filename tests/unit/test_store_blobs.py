@@ -234,7 +234,7 @@ def test_partial_is_synced_at_intervals(open_store: Callable[..., Store], monkey
     partial = result(open_store(files=disk).new_partial(DIGEST, len(DATA), SOURCE))
 
     def synced(seconds: float, count: int) -> list[int]:
-        """Append that many bytes after so many seconds; return the sizes of the file that were synced."""
+        """Wait `seconds`, append `count` bytes, and return the sizes at which the file was then synced."""
         clock.advance(seconds)
         result(partial.append(DATA[partial.length : partial.length + count]))
         disk.sizes.clear()
