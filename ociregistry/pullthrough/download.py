@@ -13,8 +13,9 @@ from ociregistry.errors import RegistryError, Unavailable, cannot_store
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.files import FileReplaced
-from ociregistry.store.partials import DigestMismatch, PartialReader, known_size
-from ociregistry.store.smallblobs import AnyPartial, MemoryReader, is_small
+from ociregistry.store.partials import DigestMismatch, known_size
+from ociregistry.store.readers import MemoryReader, PartialReader
+from ociregistry.store.smallblobs import AnyPartial, is_small
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.registry import BlobMismatch, BlobStream

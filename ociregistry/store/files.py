@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from ociregistry.store.sockets import send_file
 
 T = TypeVar("T")
 
@@ -110,40 +111,6 @@ class SharedFile:
         return os.fstat(self._descriptor).st_size
 
 
-@dataclass(frozen=True, slots=True)
-class SocketNumber:
-    """The descriptor of a socket, which may be that of another file once the connection is closed."""
-
-    descriptor: int
-    status: os.stat_result
-
-    @classmethod
-    def of(cls, descriptor: int) -> SocketNumber:
-        """Take it from the descriptor of a socket that is open."""
-        return cls(descriptor, os.fstat(descriptor))
-
-    @contextmanager
-    def duplicated(self) -> Iterator[int]:
-        """Give a duplicate of the descriptor, which stays valid when the connection is closed meanwhile.
-
-        Raises:
-            ConnectionAbortedError: the connection is closed.
-            OSError: there is no descriptor for the duplicate.
-        """
-        try:
-            copy = os.dup(self.descriptor)
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-            raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed") from error
-        try:
-            if not os.path.samestat(os.fstat(copy), self.status):
-                raise ConnectionAbortedError(errno.ECONNABORTED, "the connection is closed")
-            yield copy
-        finally:
-            os.close(copy)
-
-
 _REGULAR_ALONE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Opening a FIFO, a device or a socket with these flags does not block, and a symbolic link is not followed."""
 
@@ -212,34 +179,6 @@ def _open_regular(path: Path | str, flags: int) -> tuple[int, int]:
         close_descriptor(descriptor)
         raise
     return descriptor, status.st_size
-
-
-_OF_THE_CONNECTION = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN})
-"""Errors of a socket that Python does not make a ConnectionError."""
-
-
-def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
-    """Send at most `count` of the bytes at `offset` of a file to the socket `to`, within the kernel.
-
-    Returns:
-        The number of bytes that the socket took, 0 if it takes none at present.
-
-    Raises:
-        EOFError: the file ends at `offset`.
-        ConnectionError: the connection is lost.
-        OSError: the file cannot be read.
-    """
-    try:
-        sent = os.sendfile(to, descriptor, offset, count)
-    except BlockingIOError:
-        return 0
-    except OSError as error:
-        if error.errno in _OF_THE_CONNECTION:
-            raise ConnectionAbortedError(error.errno, error.strerror) from error
-        raise
-    if sent == 0:
-        raise EOFError
-    return sent
 
 
 def send_written(to: int, descriptor: int, offset: int, count: int) -> int:

@@ -9,7 +9,8 @@ import os
 import select
 import time
 
-from ociregistry.store.files import SharedFile, send_file, send_written
+from ociregistry.store.files import SharedFile, send_written
+from ociregistry.store.sockets import send_file
 
 SLICE = 2 * 1024 * 1024
 """Bytes of a file that are sent at once by the thread of the reactor, before it is the turn of other connections."""

@@ -36,6 +36,7 @@ from ociregistry.store.files import (
     read_written,
 )
 from ociregistry.store.paths import note_path, temporary
+from ociregistry.store.readers import PartialReader, Tail
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
 from ociregistry.strictjson import parse_json
@@ -197,6 +198,7 @@ class Partial:
         self._threads = threads
         self._hasher = digest.hasher()
         self._hashed = 0
+        self._tail = Tail()
         self._turn = DeferredLock()
         """Held while a thread syncs, changes the note, or makes the partial a blob."""
         self._synced_at: float | None = None
@@ -315,7 +317,7 @@ class Partial:
             OSError: through the Deferred: there is no room, or a write or an earlier sync failed.
             DigestMismatch: through the Deferred: bytes of an earlier process are missing from the file.
         """
-        return self._in_thread(self._append, pieces).addCallback(self._grown)
+        return self._in_thread(self._append, pieces).addCallback(self._grown, pieces)
 
     def _append(self, pieces: tuple[bytes, ...]) -> int:
         try:
@@ -348,7 +350,8 @@ class Partial:
             self._files.write(self._file, piece, offset)
             offset += len(piece)
 
-    def _grown(self, count: int) -> None:
+    def _grown(self, count: int, pieces: tuple[bytes, ...]) -> None:
+        self._tail.replace(self.length, pieces)
         self.length += count
 
     def _hash_more(self) -> None:
@@ -443,10 +446,11 @@ class Partial:
 
     def reader(self) -> PartialReader:
         """Return a reader, which keeps its file when the partial becomes a blob or is removed."""
-        return PartialReader(self._path, self._file.lease(), self._threads)
+        return PartialReader(self._path, self._file.lease(), self._tail, self._threads)
 
     def close(self) -> None:
         """End writing; readers may go on, and another process may resume the partial."""
+        self._tail.clear()
         self._file.release(self._threads.close)
         self._held.release(self._unlock_and_close)
 
@@ -480,24 +484,3 @@ class Partial:
 def known_size(partial: Partial | None, expected: int | None) -> int | None:
     """Return the size of the whole blob in bytes: what a manifest tells, `expected`, else what the partial notes."""
     return expected if expected is not None or partial is None else partial.size
-
-
-class PartialReader:
-    """Reads what a partial has so far."""
-
-    def __init__(self, path: Path, file: SharedFile, threads: Threads) -> None:
-        self._path = path
-        self._file = file
-        self._threads = threads
-
-    def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Read at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
-        return self._threads.read_at(self._file, self._path, offset, count)
-
-    def send(self, to: int, offset: int, count: int, *, in_thread: bool) -> Deferred[int]:
-        """Send at most `count` of the bytes at `offset`, as `read` does, to the socket `to`; give their number."""
-        return self._threads.send_at(self._file, self._path, offset, count, to, in_thread=in_thread)
-
-    def close(self) -> None:
-        """Release the file."""
-        self._file.release(self._threads.close)

@@ -17,6 +17,7 @@ from ociregistry.names import Digest
 from ociregistry.store.files import Files
 from ociregistry.store.partials import DigestMismatch, Note, Partial, create_held, write_note
 from ociregistry.store.paths import blob_temporary
+from ociregistry.store.readers import MemoryReader
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PullsFolder
@@ -161,17 +162,3 @@ class PartialInMemory:
 
 AnyPartial = Partial | PartialInMemory
 """A blob that is not complete yet."""
-
-
-class MemoryReader:
-    """Reads what a `PartialInMemory` has so far."""
-
-    def __init__(self, data: bytearray) -> None:
-        self._data = data
-
-    def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Read at most `count` of the bytes at `offset`."""
-        return succeed(bytes(self._data[offset : offset + count]))
-
-    def close(self) -> None:
-        """Do nothing: there is no file."""

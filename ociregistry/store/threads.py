@@ -18,8 +18,9 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, SocketNumber, close_descriptor, read_written, send_file
+from ociregistry.store.files import SharedFile, close_descriptor, read_written
 from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_at_once, send_for_a_turn
+from ociregistry.store.sockets import SocketNumber, send_file
 
 _log = Logger(namespace="ociregistry.store")
 

@@ -14,25 +14,14 @@ from ociregistry.store import files as files_module
 from ociregistry.store.files import (
     Files,
     SharedFile,
-    SocketNumber,
     lock,
     locked,
     open_regular,
     read_regular,
     read_written,
-    send_file,
     send_written,
 )
-from tests.unit.support.common import open_descriptors
-
-
-def is_open(descriptor: int) -> bool:
-    """Return whether a descriptor is open."""
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
+from tests.unit.support.common import is_open, open_descriptors
 
 
 def test_file_is_closed_with_its_last_lease(tmp_path: Path) -> None:
@@ -314,34 +303,3 @@ def test_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="larger than 9 bytes"):
         read_regular(path, 9)
     assert open_descriptors() <= before
-
-
-def test_socket_is_duplicated_only_while_it_has_its_descriptor() -> None:
-    here, there = socket.socketpair()
-    with here, there:
-        number = SocketNumber.of(here.fileno())
-        with number.duplicated() as copy:
-            assert os.path.samestat(os.fstat(copy), os.fstat(here.fileno()))
-        assert not is_open(copy)
-
-    def assert_refused() -> None:
-        before = open_descriptors()
-        with pytest.raises(ConnectionAbortedError), number.duplicated():
-            pass
-        assert open_descriptors() == before
-
-    assert_refused()
-    others = socket.socketpair()
-    with others[0], others[1]:
-        assert number.descriptor in {other.fileno() for other in others}
-        assert_refused()
-
-
-@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EPIPE, errno.ECONNRESET])
-def test_error_of_the_connection_is_not_one_of_the_file(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> int:
-        raise OSError(number, "the socket failed")
-
-    monkeypatch.setattr(os, "sendfile", fails)
-    with pytest.raises(ConnectionError, match="the socket failed"):
-        send_file(1, 2, 0, 10)

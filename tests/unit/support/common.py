@@ -45,6 +45,15 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def is_open(descriptor: int) -> bool:
+    """Return whether a descriptor is open."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 def fired(deferred: Deferred[T]) -> T:
     """Return the result of a Deferred that must have fired."""
     results: list[T] = []

@@ -1,0 +1,79 @@
+"""Readers of blobs that are being downloaded: from memory what came last, everything else from the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twisted.internet.defer import Deferred, execute, succeed
+
+from ociregistry.store.files import SharedFile
+from ociregistry.store.sockets import send_bytes
+from ociregistry.store.threads import Threads
+
+
+class Tail:
+    """The bytes that were appended last, which are still in memory.
+
+    A client that keeps up gets them from here, as sending them from the file would cost the processor more.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget them; they are in the file."""
+        self.replace(0, ())
+
+    def replace(self, start: int, pieces: tuple[bytes, ...]) -> None:
+        """Keep `pieces`, which begin at byte `start` of the blob, and forget those before."""
+        self._start = start
+        self._pieces = pieces
+
+    def at(self, offset: int, count: int) -> memoryview:
+        """Return at most `count` of the bytes at `offset`; none where they are not here."""
+        start = self._start
+        for piece in self._pieces:
+            if start <= offset < start + len(piece):
+                return memoryview(piece)[offset - start : offset - start + count]
+            start += len(piece)
+        return memoryview(b"")
+
+
+class PartialReader:
+    """Reads what a partial has so far."""
+
+    def __init__(self, path: Path, file: SharedFile, tail: Tail, threads: Threads) -> None:
+        self._path = path
+        self._file = file
+        self._tail = tail
+        self._threads = threads
+
+    def read(self, offset: int, count: int) -> Deferred[bytes]:
+        """Read at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
+        if data := self._tail.at(offset, count):
+            return succeed(bytes(data))
+        return self._threads.read_at(self._file, self._path, offset, count)
+
+    def send(self, to: int, offset: int, count: int, *, in_thread: bool) -> Deferred[int]:
+        """Send at most `count` of the bytes at `offset`, as `read` does, to the socket `to`; give their number."""
+        if data := self._tail.at(offset, count):
+            return execute(send_bytes, to, data)
+        return self._threads.send_at(self._file, self._path, offset, count, to, in_thread=in_thread)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.release(self._threads.close)
+
+
+class MemoryReader:
+    """Reads what a `PartialInMemory` has so far."""
+
+    def __init__(self, data: bytearray) -> None:
+        self._data = data
+
+    def read(self, offset: int, count: int) -> Deferred[bytes]:
+        """Read at most `count` of the bytes at `offset`."""
+        return succeed(bytes(self._data[offset : offset + count]))
+
+    def close(self) -> None:
+        """Do nothing: there is no file."""

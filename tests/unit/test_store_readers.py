@@ -1,0 +1,71 @@
+"""Readers of a blob that is being downloaded: what came last is read from memory."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.store.readers import PartialReader, Tail
+from ociregistry.store.smallblobs import LARGEST_SMALL
+from ociregistry.store.store import Store
+from tests.unit.support.common import on_reactor
+
+DATA = bytes(range(256)) * 400
+FIRST = 70_000
+SOURCE = Repository(Upstream("reg.example"), "team/app")
+ZEROS = bytes(len(DATA))
+
+Read = Callable[[PartialReader, int, int], Awaitable[bytes]]
+
+
+async def by_read(reader: PartialReader, offset: int, count: int) -> bytes:
+    """Read bytes as the producer does for TLS."""
+    return await reader.read(offset, count)
+
+
+async def by_send(reader: PartialReader, offset: int, count: int) -> bytes:
+    """Let the bytes be sent to a socket, and receive them."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sent = await reader.send(ours.fileno(), offset, count, in_thread=False)
+        return theirs.recv(sent, socket.MSG_WAITALL)
+
+
+@pytest.mark.parametrize("read", [by_read, by_send])
+@on_reactor
+async def test_what_was_appended_last_is_read_from_memory(store: Store, root: Path, read: Read) -> None:
+    assert len(DATA) > LARGEST_SMALL
+    partial = await store.new_partial(Digest.of(DATA), len(DATA), SOURCE)
+    reader = partial.reader()
+    await partial.append(DATA[:FIRST])
+    await partial.append(DATA[FIRST:-9], DATA[-9:])
+    [path] = (root / "pulls").rglob(Digest.of(DATA).hex)
+    # The file no longer has the bytes, so that it shows from where they come.
+    path.write_bytes(ZEROS)
+    assert await read(reader, FIRST, 100) == DATA[FIRST : FIRST + 100]
+    assert await read(reader, FIRST + 10, len(DATA)) == DATA[FIRST + 10 : -9]
+    assert await read(reader, len(DATA) - 9, 100) == DATA[-9:]
+    assert await read(reader, FIRST - 10, 10) == ZEROS[:10]
+    await partial.verify()
+    assert await read(reader, len(DATA) - 1, 1) == DATA[-1:]
+    partial.close()
+    assert await read(reader, FIRST, 100) == ZEROS[:100]
+    reader.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 100])
+def test_tail_has_what_was_appended_last(count: int) -> None:
+    tail = Tail()
+    assert not tail.at(0, count)
+    for pieces in itertools.product((b"a", b"bcd"), (b"ef", b"ghijk")):
+        tail.replace(5, pieces)
+        whole = {5 + at: piece[at:][:count] for piece in pieces[:1] for at in range(len(piece))}
+        whole |= {5 + len(pieces[0]) + at: pieces[1][at:][:count] for at in range(len(pieces[1]))}
+        assert {at: bytes(tail.at(at, count)) for at in range(20) if tail.at(at, count)} == whole
+    tail.clear()
+    assert not tail.at(5, count)

@@ -1,0 +1,59 @@
+"""Sending to the sockets of clients by their descriptors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+import pytest
+
+from ociregistry.store.sockets import SocketNumber, send_bytes, send_file
+from tests.unit.support.common import is_open, open_descriptors
+
+
+def test_socket_is_duplicated_only_while_it_has_its_descriptor() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        number = SocketNumber.of(here.fileno())
+        with number.duplicated() as copy:
+            assert os.path.samestat(os.fstat(copy), os.fstat(here.fileno()))
+        assert not is_open(copy)
+
+    def assert_refused() -> None:
+        before = open_descriptors()
+        with pytest.raises(ConnectionAbortedError), number.duplicated():
+            pass
+        assert open_descriptors() == before
+
+    assert_refused()
+    others = socket.socketpair()
+    with others[0], others[1]:
+        assert number.descriptor in {other.fileno() for other in others}
+        assert_refused()
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EPIPE, errno.ECONNRESET])
+def test_error_of_the_connection_is_not_one_of_the_file(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(number, "the socket failed")
+
+    monkeypatch.setattr(os, "sendfile", fails)
+    with pytest.raises(ConnectionError, match="the socket failed"):
+        send_file(1, 2, 0, 10)
+    monkeypatch.setattr(os, "write", fails)
+    with pytest.raises(ConnectionError, match="the socket failed"):
+        send_bytes(1, memoryview(b"data"))
+
+
+def test_socket_takes_bytes_until_it_is_full() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        here.setblocking(False)
+        data = memoryview(bytes(range(256)) * 100_000)
+        sent = send_bytes(here.fileno(), data)
+        assert 0 < sent < len(data)
+        while more := send_bytes(here.fileno(), data[sent:]):
+            sent += more
+        here.shutdown(socket.SHUT_WR)
+        assert b"".join(iter(lambda: there.recv(65536), b"")) == data[:sent]
