@@ -48,6 +48,8 @@ ETCD := $(PROGRAMS)/etcd-$(call version_of,go.etcd.io/etcd/server/v3)/etcd
 KUBERNETES := $(PROGRAMS)/kubernetes-$(call version_of,k8s.io/kubernetes)/kubernetes
 CLUSTER := $(CONTAINERD) $(ETCD) $(HELM) $(KUBERNETES)
 CHART := charts/ociregistry
+# Recipes that name MAKE themselves would run under `make -n` too, and as a whole because of .ONESHELL.
+again = $(MAKE) --no-print-directory
 # Kept for .ci/run, which counts the tests that ran.
 JUNIT = --junitxml=build/junit-$@
 
@@ -70,7 +72,7 @@ test-long: $(VENV)/test.stamp ## run the long tests (needs root)
 	$(call root,test-long)
 	$(call need,$(SERVERS) $(RUNNERS) $(DISTRIBUTED))
 	# The tests of the image compare with it.
-	$(MAKE) --no-print-directory image
+	$(again) image
 	# Several last longer than the two minutes after which a test is said to hang.
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -o faulthandler_timeout=900 -m long tests
 
@@ -100,8 +102,8 @@ deb: ## build the Debian package, into build/
 test-deb: $(VENV)/test.stamp ## test the package on booted Debian 12 and 13 (needs root)
 	$(call containers,test-deb,package)
 	$(call need,$(BOOTERS))
-	$(MAKE) --no-print-directory deb
-	$(MAKE) --no-print-directory -j 2 build/bookworm.tar build/trixie.tar
+	$(again) deb
+	$(again) -j 2 build/bookworm.tar build/trixie.tar
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml tests/deb
 
 image: ## build the container image, into build/; ARCH=arm64 for that architecture (needs root)
@@ -114,7 +116,7 @@ image: ## build the container image, into build/; ARCH=arm64 for that architectu
 	        exit 1
 	    }
 	fi
-	$(MAKE) --no-print-directory deb
+	$(again) deb
 	$(call sources,bookworm) >build/image.list
 	# The user has a fixed number, by which volumes are given to it; our package keeps a user that is there.
 	user=ociregistry:x:65532:65532::/var/lib/ociregistry:/usr/sbin/nologin
@@ -136,7 +138,7 @@ image: ## build the container image, into build/; ARCH=arm64 for that architectu
 test-image: $(VENV)/test.stamp ## test the container image in podman and containerd (needs root)
 	$(call containers,test-image,image)
 	$(call need,$(RUNNERS))
-	$(MAKE) --no-print-directory image
+	$(again) image
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m 'not long' tests/image
 
 chart: $(HELM) ## package the Helm chart, into build/ (needs Go)
@@ -151,13 +153,13 @@ chart: $(HELM) ## package the Helm chart, into build/ (needs Go)
 
 test-chart: $(VENV)/test.stamp $(HELM) $(KUBECONFORM) ## test the Helm chart, without a cluster (needs Go)
 	PATH="$(dir $(HELM)):$(dir $(KUBECONFORM)):$(TEST_PATH)"
-	$(MAKE) --no-print-directory chart
+	$(again) chart
 	$(PYTHON) -m pytest $(JUNIT).xml -n 2 tests/chart
 
 test-kubernetes: $(VENV)/test.stamp $(CLUSTER) ## test image and chart in a real Kubernetes, built here (needs root and Go)
 	$(call root,test-kubernetes)
 	$(call need,$(NODES))
-	$(MAKE) --no-print-directory image chart
+	$(again) image chart
 	PATH="$(TEST_PATH)" CLUSTER="$(subst / ,/:,$(dir $(CLUSTER)))" $(PYTHON) -m pytest $(JUNIT).xml tests/kubernetes
 
 lint: $(VENV)/test.stamp ## check style, layout and types
