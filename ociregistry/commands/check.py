@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, gatherResults
@@ -15,6 +16,7 @@ from ociregistry.config.proxy import NO_PROXIES, Proxies, Proxy
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.errors import RegistryError, Unavailable
+from ociregistry.imagelists.reading import read_image_list
 from ociregistry.manifests import canonical_media_type
 from ociregistry.names import Upstream
 from ociregistry.openssl import Certificates, KeyPair
@@ -54,9 +56,19 @@ class Check(Command):
         else:
             print_lines(report(settings))
             good = True
-        for warning in settings.warnings:
+        for warning in (*settings.warnings, *_not_preloaded(settings.preload_images)):
             print_error(f"warning: {warning}")
         return 0 if good else 1
+
+
+def _not_preloaded(path: Path | None) -> Sequence[str]:
+    """Return what the daemon would log about the image list at `path`; nothing of a pipe, as that is read once."""
+    if path is None or path.is_fifo():
+        return ()
+    try:
+        return read_image_list(path).errors
+    except OSError as error:
+        return (f"{path}: cannot be read: {error.strerror}",)
 
 
 def report(settings: Settings) -> Iterator[str]:

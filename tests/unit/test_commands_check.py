@@ -289,6 +289,33 @@ def test_warnings_go_to_stderr(path: Path, authority: Authority, capfd: pytest.C
 
 
 @pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, ": cannot be read: No such file or directory"),
+        ("nginx:1\nnot an image\n", ":2: "),
+        ("nginx:1\n", None),
+    ],
+)
+def test_image_list_to_preload_is_read(
+    path: Path, content: str | None, why: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    listed = path.with_name("imagelist")
+    if content is not None:
+        listed.write_text(content)
+    expected = lines(path, "preload_images: imagelist\n")
+    status, out, err = run(capfd, "check", "--config-path", str(path))
+    assert (status, out.splitlines()) == (0, expected)
+    assert err.startswith("" if why is None else f"ociregistry: warning: {listed}{why}")
+    assert err.count("\n") == (why is not None)
+
+
+def test_pipe_to_preload_is_left_to_the_daemon(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(path.with_name("imagelist"))
+    expected = lines(path, "preload_images: imagelist\n")
+    assert run(capfd, "check", "--config-path", str(path)) == (0, "".join(f"{line}\n" for line in expected), "")
+
+
+@pytest.mark.parametrize(
     ("text", "why"),
     [
         ("- name: a.b\n  auth: {user: u}\n", ":2: auth.user: one of password,"),
