@@ -29,14 +29,18 @@ class Tail:
         self._start = start
         self._pieces = pieces
 
-    def at(self, offset: int, count: int) -> memoryview:
+    def at(self, offset: int, count: int) -> list[memoryview]:
         """Return at most `count` of the bytes at `offset`; none where they are not here."""
-        start = self._start
+        found: list[memoryview] = []
+        at = self._start
+        if offset < at:
+            return found
         for piece in self._pieces:
-            if start <= offset < start + len(piece):
-                return memoryview(piece)[offset - start : offset - start + count]
-            start += len(piece)
-        return memoryview(b"")
+            if part := memoryview(piece)[max(0, offset - at) :][:count]:
+                found.append(part)
+                count -= len(part)
+            at += len(piece)
+        return found
 
 
 class PartialReader:
@@ -51,7 +55,7 @@ class PartialReader:
     def read(self, offset: int, count: int) -> Deferred[bytes]:
         """Read at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
         if data := self._tail.at(offset, count):
-            return succeed(bytes(data))
+            return succeed(b"".join(data))
         return self._threads.read_at(self._file, self._path, offset, count)
 
     def send(self, to: int, offset: int, count: int, *, in_thread: bool) -> Deferred[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,14 +47,17 @@ _OF_THE_CONNECTION = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETU
 """Errors of a socket that Python does not make a ConnectionError."""
 
 
-def send_bytes(to: int, data: memoryview) -> int:
+_MOST_PIECES = os.sysconf("SC_IOV_MAX")
+
+
+def send_bytes(to: int, data: Sequence[memoryview]) -> int:
     """Send bytes to the socket `to`; return the number that it took, 0 if it takes none at present.
 
     Raises:
         ConnectionError: the connection is lost.
         OSError: they cannot be sent.
     """
-    return _sent(lambda: os.write(to, data))
+    return _sent(lambda: os.writev(to, data[:_MOST_PIECES]))
 
 
 def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
