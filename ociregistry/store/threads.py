@@ -6,9 +6,10 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_native_id
 from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred, DeferredSemaphore, execute, fail, succeed
@@ -72,7 +73,7 @@ class _Job:
     """Work that waits for a thread, or runs in one."""
 
     seconds: int = 0
-    """For how long a read has run, or a write has waited and run.
+    """For how long a read has run, or a write has waited and run; not counting when a read of several files goes on.
 
     Counted, not measured: that this process or its machine was stopped must not look like a disk that hangs.
     """
@@ -92,6 +93,24 @@ class _Read(_Job):
     """Whether `result` has fired."""
     in_memory: bool = False
     """Whether it sends what is in memory: it does not count among the reads of its file, which it would hold up."""
+    thread: int = 0
+    """The kernel's number of the thread that runs it."""
+    _turns: str = ""
+
+    def run(self) -> Any:
+        """Run it in this thread."""
+        self.thread = get_native_id()
+        return self.work()
+
+    def goes_on(self) -> bool:
+        """Tell whether it reads several files, and its thread has not only waited since the last call."""
+        if self.path is not None:
+            return False
+        before = self._turns
+        with suppress(OSError):
+            # The third number counts how often it was given a processor (the kernel's sched-stats.rst).
+            self._turns = Path(f"/proc/self/task/{self.thread}/schedstat").read_text().split()[2]
+        return self._turns != before
 
 
 class Threads:
@@ -335,7 +354,7 @@ class Threads:
         def ended(succeeded: bool, result: Any) -> None:
             self._reactor.callFromThread(self._end, job, succeeded, result)
 
-        self._reading.callInThreadWithCallback(ended, job.work)
+        self._reading.callInThreadWithCallback(ended, job.run)
 
     def _end(self, job: _Read, succeeded: bool, result: Any) -> None:
         del self._reads[job]
@@ -358,6 +377,9 @@ class Threads:
 
     def _look(self) -> None:
         for job in (*self._reads, *self._writes):
+            if isinstance(job, _Read) and job.goes_on() and job.seconds > _SLOW:
+                # Many files take long where each comes over a network.
+                continue
             job.seconds += 1
             job.hung = job.seconds >= (READ_WITHIN if isinstance(job, _Read) else WRITTEN_WITHIN)
         for read in list(self._reads):

@@ -168,6 +168,33 @@ async def test_others_are_told_but_waited_for(threads: Threads, disk: Disk, cloc
 
 
 @on_reactor
+async def test_read_of_many_files_that_goes_on_does_not_hang(
+    threads: Threads, disk: Disk, clock: Clock, events: list[LogEvent]
+) -> None:
+    done = 0
+    ends = threading.Event()
+
+    def read_many() -> bytes:
+        nonlocal done
+        while not ends.wait(0.001):
+            done += 1
+        return disk.read()
+
+    reading = threads.read(read_many)
+    for _ in range(3 * READ_WITHIN):
+        before = done
+        await until(lambda before=before: done > before + 1)  # type: ignore[misc]  # mypy infers no type for it
+        clock.advance(1)
+    assert texts(events, LogLevel.error) == []
+    ends.set()
+    await until(lambda: disk.began == 1)
+    advance(clock, READ_WITHIN)
+    assert threads.hung == "the disk does not answer: 1 read or write has not returned"
+    disk.release()
+    assert await reading == b"late"
+
+
+@on_reactor
 async def test_stop_does_not_wait_for_what_hangs(
     disk: Disk, clock: Clock, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
