@@ -18,6 +18,7 @@ from tests.real.every_platform import (
     S390X,
     assert_fetched_once,
     cache_with,
+    configs,
     ctr_pull,
     four_platforms,
     get,
@@ -118,6 +119,9 @@ def test_requests_for_several_platforms_without_layers_select_the_machine_s(cach
     """Also after a kill before the decision: no client repeats its requests."""
     ctr_pull(cache, index, layers=False)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
+    # A client has all of a small blob before it is on disk.
+    for config in configs(index):
+        cache.wait_stored(config.digest)
     cache.daemon.kill()
     cache.upstream.disconnect()
     cache.daemon.start()
