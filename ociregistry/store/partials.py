@@ -365,8 +365,10 @@ class Partial:
         """Begin to sync and note what is there, if 64 MiB have come since the last time, or after 30 s.
 
         Call it every `CHECKPOINT_EVERY` seconds, also while no byte comes: earlier ones may be due only now.
-        The bytes that arrive meanwhile are not delayed. A sync that fails makes every later call fail.
+        The bytes that arrive meanwhile are not delayed. A sync that fails makes every later call fail. What came last
+        leaves the memory at the second call after it.
         """
+        self._tail.expire()
         now = clock.seconds()
         if self._synced_at is None:
             self._synced_at = now

@@ -10,24 +10,38 @@ from ociregistry.store.files import SharedFile
 from ociregistry.store.sockets import send_bytes
 from ociregistry.store.threads import Threads
 
+_MOST_PIECES = 1024
+"""More of them in a few MiB are tiny, as of an upstream that sends tiny chunks: the file is sent faster."""
+
 
 class Tail:
-    """The bytes that were appended last, which are still in memory.
+    """The bytes that were appended last, which are kept in memory for readers.
 
     A client that keeps up gets them from here, as sending them from the file would cost the processor more.
     """
 
     def __init__(self) -> None:
+        self.readers = 0
+        """How many may ask for them."""
         self.clear()
 
     def clear(self) -> None:
         """Forget them; they are in the file."""
-        self.replace(0, ())
+        self._start = 0
+        self._pieces: tuple[bytes, ...] = ()
+        self._is_new = False
 
     def replace(self, start: int, pieces: tuple[bytes, ...]) -> None:
-        """Keep `pieces`, which begin at byte `start` of the blob, and forget those before."""
-        self._start = start
-        self._pieces = pieces
+        """Keep `pieces`, which begin at byte `start` of the blob, if there are readers; forget those before."""
+        self.clear()
+        if self.readers and len(pieces) <= _MOST_PIECES:
+            self._start, self._pieces, self._is_new = start, pieces, True
+
+    def expire(self) -> None:
+        """Forget what was here at the last call already: many downloads may stall, each with MiBs."""
+        if not self._is_new:
+            self.clear()
+        self._is_new = False
 
     def at(self, offset: int, count: int) -> list[memoryview]:
         """Return at most `count` of the bytes at `offset`; none where they are not here."""
@@ -51,6 +65,7 @@ class PartialReader:
         self._file = file
         self._tail = tail
         self._threads = threads
+        tail.readers += 1
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
         """Read at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
@@ -66,6 +81,7 @@ class PartialReader:
 
     def close(self) -> None:
         """Release the file."""
+        self._tail.readers -= 1
         self._file.release(self._threads.close)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from twisted.internet.task import Clock
 
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.readers import PartialReader, Tail
@@ -61,6 +63,7 @@ async def test_what_was_appended_last_is_read_from_memory(store: Store, root: Pa
 @pytest.mark.parametrize("count", [1, 2, 4, 100])
 def test_tail_has_what_was_appended_last(count: int) -> None:
     tail = Tail()
+    tail.readers = 1
     assert not tail.at(0, count)
     for pieces in itertools.product((b"a", b"bcd"), (b"ef", b"ghijk"), (b"l",)):
         tail.replace(5, pieces)
@@ -69,3 +72,57 @@ def test_tail_has_what_was_appended_last(count: int) -> None:
         assert found == {at: data[at - 5 :][:count] if at >= 5 else b"" for at in range(20)}
     tail.clear()
     assert not tail.at(5, count)
+
+
+def test_tail_of_tiny_pieces_is_not_kept() -> None:
+    tail = Tail()
+    tail.readers = 1
+    tail.replace(0, (b"a",) * 1024)
+    assert len(tail.at(0, 2000)) == 1024
+    tail.replace(1024, (b"a",) * 1025)
+    assert not tail.at(0, 1)
+    assert not tail.at(1024, 1)
+
+
+@on_reactor
+async def test_what_was_appended_last_is_kept_only_for_readers(store: Store, root: Path) -> None:
+    partial = await store.new_partial(Digest.of(DATA), len(DATA), SOURCE)
+    [path] = (root / "pulls").rglob(Digest.of(DATA).hex)
+
+    async def append(data: bytes) -> bool:
+        """Append, and return whether it is in memory afterwards, for a reader that comes then."""
+        start = partial.length
+        await partial.append(data)
+        os.truncate(path, 0)
+        os.truncate(path, partial.length)
+        reader = partial.reader()
+        try:
+            return await reader.read(start, len(data)) == data
+        finally:
+            reader.close()
+
+    assert not await append(b"a background download")
+    first, second = partial.reader(), partial.reader()
+    assert await append(b"for two")
+    first.close()
+    assert await append(b"for one")
+    second.close()
+    assert not await append(b"for none")
+    partial.close()
+
+
+@on_reactor
+async def test_stalled_download_does_not_keep_what_was_appended_last(store: Store, root: Path) -> None:
+    clock = Clock()
+    partial = await store.new_partial(Digest.of(DATA), len(DATA), SOURCE)
+    reader = partial.reader()
+    for start in (0, FIRST):
+        await partial.append(DATA[start : start + FIRST])
+        [path] = (root / "pulls").rglob(Digest.of(DATA).hex)
+        path.write_bytes(ZEROS)
+        partial.checkpoint(clock)
+        assert await reader.read(start, 10) == DATA[start : start + 10]
+    partial.checkpoint(clock)
+    assert await reader.read(FIRST, 10) == ZEROS[:10]
+    reader.close()
+    partial.close()
