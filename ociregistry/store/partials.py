@@ -297,6 +297,7 @@ class Partial:
         # First the note: it must not promise bytes that the file lacks.
         await self._in_turn(self._disown, kept)
         self.length = kept
+        self._tail.clear()
         await self._in_turn(self._files.truncate, self._file, kept)
         return True
 

@@ -126,3 +126,20 @@ async def test_stalled_download_does_not_keep_what_was_appended_last(store: Stor
     assert await reader.read(FIRST, 10) == ZEROS[:10]
     reader.close()
     partial.close()
+
+
+@on_reactor
+async def test_wrong_bytes_that_were_cut_off_are_not_read(store: Store, root: Path) -> None:
+    partial = await store.new_partial(Digest.of(DATA), len(DATA), SOURCE)
+    reader = partial.reader()
+    await partial.append(DATA[:FIRST])
+    await partial.note_mirror()
+    await partial.append(b"wrong")
+    assert await partial.cut_mirrored()
+    [path] = (root / "pulls").rglob(Digest.of(DATA).hex)
+    assert path.stat().st_size == FIRST
+    # Without any bytes there, the read would wait for those of another machine.
+    os.truncate(path, len(DATA))
+    assert await reader.read(FIRST, 5) == bytes(5)
+    reader.close()
+    partial.close()
