@@ -7,11 +7,8 @@ from pathlib import Path
 from twisted.internet.defer import Deferred, execute, succeed
 
 from ociregistry.store.files import SharedFile
-from ociregistry.store.sockets import send_bytes
+from ociregistry.store.sockets import MOST_PIECES, send_bytes
 from ociregistry.store.threads import Threads
-
-_MOST_PIECES = 1024
-"""More of them in a few MiB are tiny, as of an upstream that sends tiny chunks: the file is sent faster."""
 
 
 class Tail:
@@ -32,9 +29,12 @@ class Tail:
         self._is_new = False
 
     def replace(self, start: int, pieces: tuple[bytes, ...]) -> None:
-        """Keep `pieces`, which begin at byte `start` of the blob, if there are readers; forget those before."""
+        """Keep `pieces`, which begin at byte `start` of the blob, if there are readers; forget those before.
+
+        So many pieces that a call does not send them are tiny: they are sent faster from the file.
+        """
         self.clear()
-        if self.readers and len(pieces) <= _MOST_PIECES:
+        if self.readers and len(pieces) <= MOST_PIECES:
             self._start, self._pieces, self._is_new = start, pieces, True
 
     def expire(self) -> None:

@@ -47,7 +47,8 @@ _OF_THE_CONNECTION = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETU
 """Errors of a socket that Python does not make a ConnectionError."""
 
 
-_MOST_PIECES = os.sysconf("SC_IOV_MAX")
+MOST_PIECES = os.sysconf("SC_IOV_MAX")
+"""Pieces that the kernel sends by one call, at most."""
 
 
 def send_bytes(to: int, data: Sequence[memoryview]) -> int:
@@ -57,7 +58,7 @@ def send_bytes(to: int, data: Sequence[memoryview]) -> int:
         ConnectionError: the connection is lost.
         OSError: they cannot be sent.
     """
-    return _sent(lambda: os.writev(to, data[:_MOST_PIECES]))
+    return _sent(lambda: os.writev(to, data[:MOST_PIECES]))
 
 
 def send_file(to: int, descriptor: int, offset: int, count: int) -> int:

@@ -155,7 +155,7 @@ class ContentProducer:
             raise ClientGone(str(error)) from error
 
     async def _send_file(self, content: FileContent, start: int, count: int) -> int:
-        """Send bytes of a file within the kernel, in turn with all other connections."""
+        """Send bytes of a file to the socket itself, in turn with all other connections."""
         self._transfers.add(self)
         self._paused = True
         self._channel.resume_when_writable()

@@ -14,6 +14,7 @@ from twisted.internet.task import Clock
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.readers import PartialReader, Tail
 from ociregistry.store.smallblobs import LARGEST_SMALL
+from ociregistry.store.sockets import MOST_PIECES
 from ociregistry.store.store import Store
 from tests.unit.support.common import on_reactor
 
@@ -77,11 +78,11 @@ def test_tail_has_what_was_appended_last(count: int) -> None:
 def test_tail_of_tiny_pieces_is_not_kept() -> None:
     tail = Tail()
     tail.readers = 1
-    tail.replace(0, (b"a",) * 1024)
-    assert len(tail.at(0, 2000)) == 1024
-    tail.replace(1024, (b"a",) * 1025)
+    tail.replace(0, (b"a",) * MOST_PIECES)
+    assert len(tail.at(0, 2 * MOST_PIECES)) == MOST_PIECES
+    tail.replace(MOST_PIECES, (b"a",) * (MOST_PIECES + 1))
     assert not tail.at(0, 1)
-    assert not tail.at(1024, 1)
+    assert not tail.at(MOST_PIECES, 1)
 
 
 @on_reactor
