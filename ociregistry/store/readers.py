@@ -31,7 +31,7 @@ class Tail:
     def replace(self, start: int, pieces: tuple[bytes, ...]) -> None:
         """Keep `pieces`, which begin at byte `start` of the blob, if there are readers; forget those before.
 
-        So many pieces that a call does not send them are tiny: they are sent faster from the file.
+        Pieces that are too many for one call are tiny, and sent faster from the file: they are not kept.
         """
         self.clear()
         if self.readers and len(pieces) <= MOST_PIECES:

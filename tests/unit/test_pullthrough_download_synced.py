@@ -55,12 +55,34 @@ class SlowDisk(Files):
         super().sync_data(file)
 
 
+@pytest.fixture
+def disk() -> SlowDisk:
+    """The disk of `slow`, which is not busy yet."""
+    return SlowDisk()
+
+
+@pytest.fixture
+def slow(open_store: Callable[..., Store], disk: SlowDisk, upstreams: MemoryRegistries, clock: Clock) -> PullThrough:
+    """Return a cache whose store is on `disk`."""
+    return PullThrough(open_store(files=disk), upstreams, clock)
+
+
 def durable(root: Path) -> int:
     """Return how many bytes the note of the partial says are on disk."""
     (path,) = (root / "pulls").rglob(DIGEST.hex)
     note = Note.parse(note_path(path).read_bytes())
     assert note is not None
     return note.durable
+
+
+async def synced(root: Path, clock: Clock, count: int) -> None:
+    """Let seconds pass until so many bytes are on disk."""
+
+    def are() -> bool:
+        clock.advance(1)
+        return durable(root) == count
+
+    await until(are)
 
 
 async def begin_with(cache: PullThrough, upstreams: MemoryRegistries, count: int) -> tuple[Content, Sending]:
@@ -91,6 +113,7 @@ async def test_bytes_that_arrived_at_once_are_synced_though_no_more_come(
 @on_reactor
 async def test_syncs_are_a_second_apart(
     open_store: Callable[..., Store],
+    disk: SlowDisk,
     upstreams: MemoryRegistries,
     clock: Clock,
     root: Path,
@@ -98,7 +121,6 @@ async def test_syncs_are_a_second_apart(
 ) -> None:
     """They hold up the writes."""
     monkeypatch.setattr(ociregistry.store.store, "Threads", InlineThreads)
-    disk = SlowDisk()
     cache = PullThrough(open_store(files=disk), upstreams, clock)
     content, sending = await begin(cache, upstreams)
     for second in range(3):
@@ -129,12 +151,10 @@ async def test_a_few_bytes_are_synced_after_half_a_minute_though_no_more_come(
 
 @on_reactor
 async def test_bytes_that_arrived_during_a_sync_are_synced_though_no_more_come(
-    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+    disk: SlowDisk, slow: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    disk = SlowDisk()
-    cache = PullThrough(open_store(files=disk), upstreams, clock)
     disk.busy()
-    content, sending = await begin_with(cache, upstreams, 2000)
+    content, sending = await begin_with(slow, upstreams, 2000)
     clock.advance(1)
     await until(lambda: disk.syncs)
     await bring(content, sending, 2000, 50_000)
@@ -144,30 +164,23 @@ async def test_bytes_that_arrived_during_a_sync_are_synced_though_no_more_come(
     # Never two at once.
     assert disk.syncs == 1
     disk.answer()
-
-    def all_synced() -> bool:
-        clock.advance(1)
-        return durable(root) == 50_000
-
-    await until(all_synced)
+    await synced(root, clock, 50_000)
     content.close()
-    await stop(cache, clock)
+    await stop(slow, clock)
 
 
 @on_reactor
 async def test_last_note_of_a_stop_waits_for_a_sync_that_runs(
-    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+    disk: SlowDisk, slow: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     """Otherwise the two would take the note's temporary file from each other, and a reboot lose what came."""
-    disk = SlowDisk()
-    cache = PullThrough(open_store(files=disk), upstreams, clock)
     disk.busy()
-    content, sending = await begin_with(cache, upstreams, 2000)
+    content, sending = await begin_with(slow, upstreams, 2000)
     clock.advance(1)
     await bring(content, sending, 2000, 50_000)
     await until(lambda: disk.syncs)
     content.close()
-    stopping = Deferred.fromCoroutine(stop(cache, clock))
+    stopping = Deferred.fromCoroutine(stop(slow, clock))
     for _ in range(20):
         await turn()
     disk.answer()
@@ -177,17 +190,15 @@ async def test_last_note_of_a_stop_waits_for_a_sync_that_runs(
 
 @on_reactor
 async def test_stop_syncs_nothing_twice(
-    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+    disk: SlowDisk, slow: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     """A slow disk would take twice as long as a stop waits."""
-    disk = SlowDisk()
-    cache = PullThrough(open_store(files=disk), upstreams, clock)
     disk.busy()
-    content, _sending = await begin_with(cache, upstreams, 50_000)
+    content, _sending = await begin_with(slow, upstreams, 50_000)
     clock.advance(1)
     await until(lambda: disk.syncs)
     content.close()
-    stopping = Deferred.fromCoroutine(stop(cache, clock))
+    stopping = Deferred.fromCoroutine(stop(slow, clock))
     await turn()
     disk.answer()
     await stopping
@@ -221,12 +232,7 @@ async def test_note_without_a_descriptor_is_written_later(
     await bring(content, sending, 4000, 50_000)
     assert durable(root) == 0
     disk.full = False
-
-    def all_synced() -> bool:
-        clock.advance(1)
-        return durable(root) == 50_000
-
-    await until(all_synced)
+    await synced(root, clock, 50_000)
     sending.send(DATA[50_000:]).end()
     assert await read_all(content) == DATA
     content.close()
@@ -235,12 +241,10 @@ async def test_note_without_a_descriptor_is_written_later(
 
 @on_reactor
 async def test_note_of_another_partial_is_left_alone(
-    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+    disk: SlowDisk, slow: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     """In a store that was replaced, it would promise bytes that were never synced."""
-    disk = SlowDisk()
-    cache = PullThrough(open_store(files=disk), upstreams, clock)
-    content, _sending = await begin_with(cache, upstreams, 2000)
+    content, _sending = await begin_with(slow, upstreams, 2000)
     (path,) = (root / "pulls").rglob(DIGEST.hex)
     note = Note(0, Files().boot(), len(DATA), "another")
     path.rename(root / "moved")
@@ -249,6 +253,6 @@ async def test_note_of_another_partial_is_left_alone(
     clock.advance(1)
     await until(lambda: disk.syncs)
     content.close()
-    await stop(cache, clock)
+    await stop(slow, clock)
     assert Note.parse(note_path(path).read_bytes()) == note
     assert path.read_bytes() == DATA[:10]
