@@ -269,12 +269,10 @@ class Client(threading.Thread):
         unknowable = one.spoiled and (ends_short or not to_the_end) and not complete
         wrong = (complete and ends_short) or not (unknowable or data.startswith(body))
         if wrong:
-            same = next(
-                (at for at, (one, other) in enumerate(zip(body, data, strict=False)) if one != other), len(body)
-            )
-            differ = sum(got != right for got, right in zip(body, data, strict=False))
+            differ = [at for at, (got, right) in enumerate(zip(body, data, strict=False)) if got != right]
+            first = differ[0] if differ else len(body)
             self._tally.violation(
-                f"{what}: wrong, {len(body)} of {len(data)} bytes, {differ} of them, from byte {same} on"
+                f"{what}: wrong, {len(body)} of {len(data)} bytes, {len(differ)} of them, from byte {first} on"
             )
         self._tally.count(outcome, len(body))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,7 +46,6 @@ class SocketNumber:
 _OF_THE_CONNECTION = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN})
 """Errors of a socket that Python does not make a ConnectionError."""
 
-
 MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """Pieces that the kernel sends by one call, at most."""
 
@@ -58,7 +57,10 @@ def send_bytes(to: int, data: Sequence[memoryview]) -> int:
         ConnectionError: the connection is lost.
         OSError: they cannot be sent.
     """
-    return _sent(lambda: os.writev(to, data[:MOST_PIECES]))
+    try:
+        return os.writev(to, data[:MOST_PIECES])
+    except OSError as error:
+        return _none_taken(error)
 
 
 def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
@@ -72,21 +74,19 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
         ConnectionError: the connection is lost.
         OSError: the file cannot be read.
     """
-
-    def send() -> int:
-        if not (sent := os.sendfile(to, descriptor, offset, count)):
-            raise EOFError
-        return sent
-
-    return _sent(send)
-
-
-def _sent(send: Callable[[], int]) -> int:
     try:
-        return send()
-    except BlockingIOError:
-        return 0
+        sent = os.sendfile(to, descriptor, offset, count)
     except OSError as error:
-        if error.errno in _OF_THE_CONNECTION:
-            raise ConnectionAbortedError(error.errno, error.strerror) from error
-        raise
+        return _none_taken(error)
+    if sent == 0:
+        raise EOFError
+    return sent
+
+
+def _none_taken(error: OSError) -> int:
+    """Return 0 if `error` says that the socket takes no bytes at present; raise it otherwise."""
+    if isinstance(error, BlockingIOError):
+        return 0
+    if error.errno in _OF_THE_CONNECTION:
+        raise ConnectionAbortedError(error.errno, error.strerror) from error
+    raise error

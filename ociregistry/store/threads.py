@@ -73,9 +73,10 @@ class _Job:
     """Work that waits for a thread, or runs in one."""
 
     seconds: int = 0
-    """For how long a read has run, or a write has waited and run; not counting when a read of several files goes on.
+    """For how long a read has run, or a write has waited and run.
 
-    Counted, not measured: that this process or its machine was stopped must not look like a disk that hangs.
+    Seconds in which a read of several files went on are left out. Counted, not measured: that this process or its
+    machine was stopped must not look like a disk that hangs.
     """
     hung: bool = False
 
@@ -377,8 +378,8 @@ class Threads:
 
     def _look(self) -> None:
         for job in (*self._reads, *self._writes):
+            # Asked each second, as it compares with the second before. Many files take long over a network.
             if isinstance(job, _Read) and job.goes_on() and job.seconds > _SLOW:
-                # Many files take long where each comes over a network.
                 continue
             job.seconds += 1
             job.hung = job.seconds >= (READ_WITHIN if isinstance(job, _Read) else WRITTEN_WITHIN)

@@ -67,6 +67,7 @@ def assert_undecided(cache: Cache, *never_asked_for: Blob) -> None:
     asked = requests_for(cache, *never_asked_for)
     wait_until(lambda: health(cache.daemon)["pending_images"], SOON, "images are undecided")
     told = health(cache.daemon)
+    assert told["pending_images"] > 0
     assert told["incomplete_images"] >= told["pending_images"]
     assert asked == 0
 

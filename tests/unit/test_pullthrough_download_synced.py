@@ -76,7 +76,7 @@ def durable(root: Path) -> int:
 
 
 async def synced(root: Path, clock: Clock, count: int) -> None:
-    """Let seconds pass until so many bytes are on disk."""
+    """Advance the clock by seconds until `count` bytes are on disk."""
 
     def are() -> bool:
         clock.advance(1)
