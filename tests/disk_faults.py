@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from tests.processes import run, wait_until
 BLOCK = 4096
 """Bytes of a block of `Ext4`."""
 
+_MAP_LOCKED = 0x2000
+"""Of mmap(2), on x86, ARM and RISC-V; the module lacks it."""
 _PATIENCE = 30
 _LET_GO = 5
 _UNFINISHED = " <unfinished ...>"
@@ -149,13 +152,14 @@ class Fuse:
     path: Path
     pid: int
 
-    def stop(self) -> None:
-        """Stop the process: no call that needs it returns, as with a server or disk that is gone."""
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop the process in the block: no call that needs it returns, as with a server or disk that is gone."""
         os.kill(self.pid, SIGSTOP)
-
-    def go_on(self) -> None:
-        """Let the process continue."""
-        os.kill(self.pid, SIGCONT)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, SIGCONT)
 
 
 @contextmanager
@@ -173,7 +177,6 @@ def fuse_disk(path: Path, *options: str) -> Iterator[Fuse]:
             wait_until(lambda: path.is_mount() or process.poll() is not None, _PATIENCE, "it is mounted")
             yield disk
         finally:
-            disk.go_on()
             run(["umount", str(path)])
             process.wait(_PATIENCE)
 
@@ -182,13 +185,20 @@ def fuse_disk(path: Path, *options: str) -> Iterator[Fuse]:
 def hanging_ext4(path: Path, size: int) -> Iterator[Fuse]:
     """Mount an ext4 of `size` bytes at `path` until the block ends; its disk is a file of the FUSE that is yielded.
 
-    When that is stopped, the disk hangs, but what the kernel has in memory can be read.
+    While that is stopped, the disk hangs, but what the kernel has in memory can be read.
     """
     with fuse_disk(path.with_name(f"{path.name}-disk")) as disk, ext4_disk(path, size, 10_000, disk.path / "image"):
-        try:
-            yield disk
-        finally:
-            disk.go_on()
+        yield disk
+
+
+@contextmanager
+def kept_in_memory(path: Path) -> Iterator[None]:
+    """Have the kernel keep all bytes of a file in memory until the block ends.
+
+    A machine that gives unused memory away may drop pages that are read all the time, where their neighbours are not.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | _MAP_LOCKED, mmap.PROT_READ):
+        yield
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.client import fetch
-from tests.disk_faults import Trace, faults, fuse_disk, hanging_ext4
+from tests.disk_faults import Trace, faults, fuse_disk, hanging_ext4, kept_in_memory
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
 from tests.real.caches import SOON, Cache, blob_file, cache_in, daemon_in, plain_image
@@ -200,14 +200,14 @@ def test_disk_that_is_gone_for_long(tmp_path: Path) -> None:
         hot, cold = cached(cache, "hot"), cached(cache, "cold")
         wait_until(lambda: not cache.partials, SOON, "both are stored")
         drop(blob_file(daemon, cold.layers[0].digest))
+        file = blob_file(daemon, hot.layers[0].digest)
         # The next read would have its time noted, for which the disk is needed.
-        os.utime(blob_file(daemon, hot.layers[0].digest), (1, 2))
+        os.utime(file, (1, 2))
         for _ in range(2):
             assert_served(cache, hot, "hot")
-        os.utime(blob_file(daemon, hot.layers[0].digest), (1, 2))
+        os.utime(file, (1, 2))
         since = cache.log_size
-        disk.stop()
-        try:
+        with kept_in_memory(file), disk.stopped():
             began = time.monotonic()
             while time.monotonic() - began < HUNG_FOR - ANSWERED:
                 assert_served(cache, hot, "hot", AT_ONCE)
@@ -217,8 +217,6 @@ def test_disk_that_is_gone_for_long(tmp_path: Path) -> None:
                 assert_served(cache, hot, "hot", AT_ONCE)
                 time.sleep(0.1)
             assert "the disk does not answer" in daemon.log[since:]
-        finally:
-            disk.go_on()
         wait_until(lambda: is_whole(cache, cold), SOON, "the disk answers again")
         assert_served(cache, hot, "hot")
 
@@ -239,14 +237,11 @@ def test_server_of_a_fuse_file_system_that_is_gone(tmp_path: Path) -> None:
         with cache.opened(blob_of(begun)) as answer, ThreadPoolExecutor(1) as clients:
             for image in (cold, begun):
                 drop(blob_file(daemon, image.layers[0].digest))
-            disk.stop()
-            try:
+            with disk.stopped():
                 rest = clients.submit(answer.read)
                 # The kernel asks the server now and then whether a file has changed, also about what is in memory.
                 assert_refused_in_time(cache, cold, lambda: assert_manifest_is_served(cache, hot, "hot", AT_ONCE))
                 assert_manifest_is_served(cache, hot, "hot", AT_ONCE)
                 assert isinstance(rest.exception(ANSWERED), IncompleteRead)
-            finally:
-                disk.go_on()
         wait_until(lambda: is_whole(cache, cold) and is_whole(cache, begun), SOON, "it answers again")
         assert_served(cache, hot, "hot")
