@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial as bind
 from pathlib import Path
 
-from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.defer import Deferred, execute, maybeDeferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -25,7 +25,8 @@ from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, re
 from ociregistry.store.openblobs import Identity, OpenBlobs
 from ociregistry.store.pagecache import send_resident
 from ociregistry.store.paths import blobs_folder
-from ociregistry.store.smallblobs import AnyPartial
+from ociregistry.store.smallblobs import AnyPartial, is_small
+from ociregistry.store.sockets import send_bytes
 from ociregistry.store.threads import Hung, Threads
 
 _log = Logger(namespace="ociregistry.store")
@@ -36,7 +37,7 @@ _READABLE_BY_ALL = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
 
 class StoredBlob:
-    """A whole blob, open for reading until `close` is called."""
+    """A whole blob, open for reading until `close` is called; a small one is in memory."""
 
     def __init__(
         self,
@@ -60,6 +61,11 @@ class StoredBlob:
         # A hit that is sent at once does not need it, and joining takes a tenth of its time.
         return self._folder / self._digest.hex
 
+    @property
+    def data(self) -> bytes:
+        """All bytes of a small blob, none of a larger one."""
+        return self._file.content
+
     def more_than(self, offset: int) -> Deferred[int]:
         """Return the number of bytes that can be read: all of them."""
         return succeed(self.size)
@@ -70,6 +76,8 @@ class StoredBlob:
         Raises:
             OSError: through the Deferred: they cannot be read.
         """
+        if self.data:
+            return succeed(self.data[offset : offset + count])
         reading = maybeDeferred(self._threads.read_at, self._file, self._path, offset, count)
         return reading.addErrback(self._cannot_read, offset)
 
@@ -79,6 +87,8 @@ class StoredBlob:
         Raises:
             OSError: through the Deferred: they cannot be read, or the connection is lost.
         """
+        if self.data:
+            return execute(send_bytes, to, [memoryview(self.data)[offset : offset + count]])
         sending = maybeDeferred(self._threads.send_at, self._file, self._path, offset, count, to, in_thread=in_thread)
         return sending.addErrback(self._cannot_read, offset)
 
@@ -123,6 +133,23 @@ def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, Ide
     except BaseException:
         file.release()
         raise
+
+
+def _open_and_read(path: Path, failed_at: int | None) -> tuple[SharedFile, Identity] | None:
+    """Open a file as `open_blob` does; read it, if it is small."""
+    opened = open_blob(path, failed_at)
+    if opened is None:
+        return None
+    file, identity = opened
+    try:
+        if is_small(identity.size):
+            content = os.pread(file.fileno(), identity.size, 0)
+            if len(content) == identity.size:
+                file.content = content
+    except BaseException:
+        file.release()
+        raise
+    return opened
 
 
 def size_of_blob(path: Path | str) -> int | None:
@@ -253,7 +280,9 @@ class Blobs:
     async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, Identity] | None:
         failed_at = self._unreadable.get(digest)
         try:
-            opened = await self._threads.read_file(path, lambda: open_blob(path, failed_at), discard=self._discard)
+            opened = await self._threads.read_file(
+                path, lambda: _open_and_read(path, failed_at), discard=self._discard
+            )
         except Hung as error:
             # Not a miss: a disk that is busy must not cause the link to be used.
             raise Unavailable(f"{digest}: cannot be read: {reason(error)}") from error

@@ -76,6 +76,8 @@ class SharedFile:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.content = b""
+        """All bytes of a small file, if they were read when it was opened."""
         self._leases = 1
         self._lock = threading.Lock()
 

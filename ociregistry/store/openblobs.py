@@ -1,4 +1,4 @@
-"""Whole blobs that are kept open, so that a hit needs no thread."""
+"""Whole blobs that are kept open, and small ones in memory, so that a hit needs no thread."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from ociregistry.store.threads import Threads
 
 _MOST = 2048
 """Files that are kept open, if the process may open four times as many. Each look at all of them takes 4 ms."""
+_IN_MEMORY = 8 * 1024
+"""Bytes in memory that count as one more file."""
 _AT_ONCE = 256
 """Files that are looked at in one read: a look at all may take longer than a read of a disk that hangs."""
 _LOOK_EVERY = 1.0
@@ -34,11 +36,13 @@ class Identity(NamedTuple):
     size: int
     """In bytes."""
     mode: int
+    changed: int
+    """When the content changed, in nanoseconds."""
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
         """Take it from the status of a file."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mode)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mode, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +52,17 @@ class _OpenBlob:
     file: SharedFile
     identity: Identity
 
+    @property
+    def cost(self) -> int:
+        """As how many files without bytes in memory it counts."""
+        return 1 + len(self.file.content) // _IN_MEMORY
+
 
 class _Files(LRUCache[Digest, _OpenBlob]):
     """The open files; one that is dropped is closed when its last reader has ended."""
 
     def __init__(self, most: int, close: Callable[[int], object]) -> None:
-        super().__init__(most)
+        super().__init__(most, getsizeof=lambda kept: kept.cost)
         self._close = close
         self.all: dict[Digest, _OpenBlob] = {}
         """The same files; looking at them here does not count as using them."""
@@ -104,7 +113,10 @@ class OpenBlobs:
         """
         if self._loop.running and forgotten == self.forgotten and not descriptors_are_scarce():
             self._drop([digest])
-            self._files[digest] = _OpenBlob(digest, path, file.lease(), identity)
+            kept = _OpenBlob(digest, path, file, identity)
+            if kept.cost <= self._files.maxsize:
+                file.lease()
+                self._files[digest] = kept
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Close the files of these blobs, which were removed or replaced, if they are open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import select
@@ -22,10 +23,10 @@ _FAST = 64 * 1024
 _WAIT = 2
 """Milliseconds of such a wait, at most."""
 
-_READ_AT_ONCE = 64 * 1024
-"""Bytes that are read to see whether they are in memory: faster than the calls that ask for them."""
-_SAMPLE_EVERY = 128 * 1024
-"""Bytes: the kernel reads files ahead, and drops what it has read, in such pieces or larger ones."""
+_READ_AHEAD = 16 * 1024 * 1024
+"""Bytes behind those that are read which the kernel may read as well: more than it is usually told to read ahead."""
+_BEHIND = 1 << 62
+"""An offset behind the end of every file."""
 _PAGE = mmap.PAGESIZE
 
 _libc = ctypes.CDLL(None)
@@ -40,46 +41,67 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def is_resident(descriptor: int, offset: int, count: int) -> bool:
-    """Tell whether the kernel has the `count` bytes at `offset` of a file in memory.
+    """Tell whether the kernel has the bytes at `offset` of a file in memory: `count` of them, or those up to its end.
 
-    False where the file system cannot tell, such as tmpfs and FUSE: there even a read of what is in memory may wait,
-    for a server that is asked whether the file has changed. mincore(2) tells the truth to the owner of a file; for
-    others samples decide as well.
+    Nothing is read to find that out. Even a read with RWF_NOWAIT has the kernel fetch what is missing, and waits
+    while the queue of a disk that does not answer is full. For the same reason false is returned where the kernel
+    would read ahead.
+
+    It is also false where the kernel does not tell: for a file of another user (mincore(2)), and on file systems
+    such as tmpfs and FUSE. There even a read of what is in memory may wait, for a server that is asked whether the
+    file has changed.
     """
-    if count <= _READ_AT_ONCE:
-        return read_at_once(descriptor, bytearray(count), offset) == count
-    byte = bytearray(1)
-    # First: where the file system cannot tell, any other call, fstat(2) too, may wait for its server.
-    if not read_at_once(descriptor, byte, offset):
+    if not _tells(descriptor):
         return False
-    owned = os.fstat(descriptor).st_uid == os.geteuid()
-    last = offset + count - 1
-    samples = () if owned else (*range(offset + _SAMPLE_EVERY, last, _SAMPLE_EVERY), last)
-    return all(read_at_once(descriptor, byte, at) for at in samples) and _in_core(descriptor, offset, count)
+    size = os.fstat(descriptor).st_size
+    stop = min(offset + count, size)
+    # Where the reading of a file has ended or waits, what follows is missing: one page tells.
+    return offset < stop and _in_core(descriptor, offset, stop, min(stop + _READ_AHEAD, size) - 1)
 
 
-def read_at_once(descriptor: int, buffer: bytearray, offset: int) -> int:
-    """Read what needs no waiting for the disk into `buffer`; return the number of bytes."""
+def _tells(descriptor: int) -> bool:
+    """Tell whether the kernel tells what it has of a file in memory."""
+    # Only the owner of a file, and root, may open it so, and are told the truth by mincore(2).
+    if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NOATIME:
+        return False
     try:
-        return os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+        # Where the file system cannot tell, any other call, fstat(2) too, may wait for its server.
+        os.preadv(descriptor, [bytearray(1)], _BEHIND, os.RWF_NOWAIT)
     except OSError as error:
-        # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
+        # EAGAIN: it would wait. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
             raise
-        return 0
+        return False
+    return True
 
 
-def _in_core(descriptor: int, offset: int, count: int) -> bool:
-    """Ask the kernel about each page (mincore(2))."""
-    start = offset - offset % _PAGE
-    length = offset + count - start
-    pages = ctypes.create_string_buffer(-(-length // _PAGE))
+def _in_core(descriptor: int, start: int, stop: int, sample: int) -> bool:
+    """Ask the kernel about the pages from byte `start` up to, not including, `stop`, and about that of `sample`."""
+    start -= start % _PAGE
+    length = sample + 1 - start
     address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, start)
     if address == _FAILED:
         return False
-    failed = _mincore(address, length, pages)
-    _munmap(address, length)
-    return not failed and pages.raw.count(b"\1") == len(pages)
+    try:
+        sampled = sample - sample % _PAGE
+        return _all_in_core(address, stop - start) and (sampled < stop or _all_in_core(address + sampled - start, 1))
+    finally:
+        _munmap(address, length)
+
+
+def _all_in_core(address: int, length: int) -> bool:
+    """Ask the kernel about each page of a mapped file (mincore(2))."""
+    pages = ctypes.create_string_buffer(-(-length // _PAGE))
+    return not _mincore(address, length, pages) and pages.raw.count(b"\1") == len(pages)
+
+
+def read_resident(descriptor: int, offset: int, count: int) -> bytes:
+    """Read at most `count` of the bytes at `offset` of a file, none if they are not resident.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    return os.pread(descriptor, count, offset) if is_resident(descriptor, offset, count) else b""
 
 
 def send_resident(file: SharedFile, offset: int, count: int, to: int) -> int:

@@ -20,7 +20,7 @@ from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
 from ociregistry.store.files import SharedFile, close_descriptor, read_written
-from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_at_once, send_for_a_turn
+from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_resident, send_for_a_turn
 from ociregistry.store.sockets import SocketNumber, send_file
 
 _log = Logger(namespace="ociregistry.store")
@@ -217,11 +217,9 @@ class Threads:
         Raises:
             OSError: they cannot be read; through the Deferred if a thread reads them.
         """
-        buffer = bytearray(count)
         descriptor = file.fileno()
-        if got := read_at_once(descriptor, buffer, offset):
-            del buffer[got:]
-            return succeed(bytes(buffer))
+        if data := read_resident(descriptor, offset, count):
+            return succeed(data)
         return self.read_file(path, lambda: read_written(descriptor, count, offset), leases=(file.lease(),))
 
     def send_at(

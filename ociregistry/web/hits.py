@@ -120,12 +120,12 @@ class Hits:
 
     def _send_at_once(self, channel: Channel, head: bytes, content: Content) -> int:
         """Send or write the head, and what can be sent of the content without waiting; return the latter's size."""
-        body = content.data if isinstance(content, InMemory) else b""
+        body = content.data if isinstance(content, InMemory | StoredBlob) else b""
         data = head + body
         if not channel.is_plain and len(data) <= BUFFER:
             channel.write(data)
             return len(body)
-        file = content if content.size and isinstance(content, StoredBlob) else None
+        file = content if content.size and not body and isinstance(content, StoredBlob) else None
         sent = channel.send_now(data, more=file is not None)
         if sent < len(head):
             channel.write(head[sent:])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ociregistry.store.threads import READ_WITHIN
 from tests.client import fetch
 from tests.disk_faults import Trace, faults, fuse_disk, hanging_ext4, kept_in_memory
 from tests.images import MIB, Image, digest_of
@@ -156,6 +157,8 @@ def test_sigterm_while_the_disk_hangs(cache: Cache, hang: Hang, calls: str) -> N
 
 AT_ONCE = 2.0
 """Seconds within which a hit is answered that needs no disk, on a busy machine."""
+QUEUE = 128
+"""Requests that a disk on a loop device holds."""
 HUNG_FOR = 75.0
 """Seconds: longer than those from one note of a pull in a record to the next, and for the system to write its own."""
 
@@ -219,6 +222,32 @@ def test_disk_that_is_gone_for_long(tmp_path: Path) -> None:
             assert "the disk does not answer" in daemon.log[since:]
         wait_until(lambda: is_whole(cache, cold), SOON, "the disk answers again")
         assert_served(cache, hot, "hot")
+
+
+def test_more_reads_than_the_queue_of_the_disk_takes(tmp_path: Path) -> None:
+    """Hits are served meanwhile; once the disk goes on, so is everything else."""
+    with (
+        hanging_ext4(tmp_path / "disk", 128 * MIB) as disk,
+        ScriptedRegistry() as upstream,
+        daemon_in(tmp_path, upstream, image_path=tmp_path / "disk" / "images") as daemon,
+    ):
+        cache = Cache(daemon, upstream)
+        hot = cached(cache, "hot")
+        colds = [cached(cache, f"cold-{number}", MIB // 8) for number in range(2 * QUEUE)]
+        wait_until(lambda: not cache.partials, SOON, "all are stored")
+        assert_served(cache, hot, "hot")
+        for cold in colds:
+            drop(blob_file(daemon, cold.layers[0].digest))
+        with ThreadPoolExecutor(len(colds)) as clients:
+            with kept_in_memory(blob_file(daemon, hot.layers[0].digest)), disk.stopped():
+                # The process behind the disk has told its attributes for a second.
+                time.sleep(1)
+                asked = [clients.submit(is_whole, cache, cold) for cold in colds]
+                began = time.monotonic()
+                while time.monotonic() - began < READ_WITHIN / 2:
+                    assert_served(cache, hot, "hot", AT_ONCE)
+                assert sum(not answer.done() for answer in asked) > QUEUE
+            assert all(answer.result() for answer in asked)
 
 
 def test_server_of_a_fuse_file_system_that_is_gone(tmp_path: Path) -> None:

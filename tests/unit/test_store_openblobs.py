@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from ociregistry.store.store import Store
 from ociregistry.store.threads import Threads
 from ociregistry.store.verify import Damaged
 from tests.procfs import descriptors
-from tests.unit.support.common import REACTOR, image, on_reactor, record, turn, until
+from tests.unit.support.common import REACTOR, fired, image, on_reactor, record, turn, until
 from tests.unit.support.stores import by_name, image_of, keep_pulled, looked, open_blobs
 
 CONFIG, LAYER = b"config", b"layer" * 1000
@@ -61,6 +62,11 @@ def overwrite(path: Path) -> None:
     path.write_bytes(LAYER[:-1])
 
 
+def overwrite_as_long(path: Path) -> None:
+    """Change its content in place, and not its size."""
+    path.write_bytes(LAYER[::-1])
+
+
 def replace(path: Path) -> None:
     """Give its name to another file, as rsync does."""
     other = path.with_name(".other")
@@ -78,7 +84,7 @@ def move_store(path: Path) -> None:
     (path.parent.parent / "blobs").rename(path.parent.parent / "blobs.moved")
 
 
-CHANGES: list[Callable[[Path], None]] = [Path.unlink, overwrite, replace, forbid, move_store]
+CHANGES: list[Callable[[Path], None]] = [Path.unlink, overwrite, overwrite_as_long, replace, forbid, move_store]
 
 
 @on_reactor
@@ -108,11 +114,46 @@ async def test_blob_that_does_not_change_is_kept(store: Store, root: Path, clock
     await opened(store, root)
     for _ in range(20):
         clock.advance(1)
-        # The pull of its image changes nothing.
-        os.utime(path_of(root))
         for _ in range(5):
             await turn()
         assert is_kept(store)
+
+
+@on_reactor
+async def test_small_blob_is_in_memory(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is not read a second time."""
+    await opened(store, root)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    for call in ("pread", "preadv", "sendfile", "open"):
+        monkeypatch.setattr(os, call, refuse)
+    blob = store.opened(DIGEST)
+    assert blob is not None
+    assert blob.data == LAYER
+    assert fired(blob.read(3, 7)) == LAYER[3:10]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert fired(blob.send(ours.fileno(), 5, 11, in_thread=True)) == 11
+        assert theirs.recv(100) == LAYER[5:16]
+    blob.close()
+
+
+@on_reactor
+async def test_small_blobs_in_memory_are_bounded(store: Store, root: Path) -> None:
+    """Each counts as several files."""
+    contents = [number.to_bytes(2) * 32 * 1024 for number in range(300)]
+    digests = [Digest.of(content) for content in contents]
+    await store.keep(image_of(CONFIG, *contents), APP)
+    for digest, content in zip(digests, contents, strict=True):
+        path_of(root, digest).write_bytes(content)
+        blob = await store.blob(digest)
+        assert blob is not None
+        blob.close()
+    kept = [digest for digest in digests if is_kept(store, digest)]
+    assert kept == digests[-len(kept) :]
+    assert 200 < len(kept) < 256
 
 
 @on_reactor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import socket
@@ -15,12 +16,12 @@ import pytest
 
 from ociregistry.store import pagecache
 from ociregistry.store.files import Files, SharedFile, open_regular
-from ociregistry.store.pagecache import SLICE, TURN, is_resident, send_for_a_turn
+from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_resident, send_for_a_turn, send_resident
 
 PAGE = os.sysconf("SC_PAGESIZE")
 SIZE = 1024 * 1024
 HOLE = 2 * PAGE
-"""Bytes: less than what lies between two samples."""
+"""Bytes."""
 
 
 @pytest.fixture
@@ -49,47 +50,64 @@ def drop(file: SharedFile, offset: int, count: int) -> None:
     os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_DONTNEED)
 
 
-def seen_at_once(descriptor: int, buffer: bytearray, offset: int) -> int:
-    """Look at what `read_at_once` would read: a read makes a fast disk fill the hole that is looked for."""
-    return len(buffer) if pagecache._in_core(descriptor, offset, len(buffer)) else 0
+def pages(file: SharedFile) -> list[bool]:
+    """Tell of each page whether it is in memory."""
+    return [pagecache._in_core(file.fileno(), at, at + PAGE, at) for at in range(0, SIZE, PAGE)]
 
 
 def test_resident(file: SharedFile) -> None:
-    for offset, count in ((0, SIZE), (0, 1), (SIZE - 1, 1), (17, SIZE - 17), (PAGE - 1, 300_001)):
+    for offset, count in ((0, SIZE), (0, 1), (SIZE - 1, 1), (17, SIZE), (PAGE - 1, 300_001)):
         assert is_resident(file.fileno(), offset, count)
 
 
-@pytest.mark.parametrize("owned", [True, False])
-@pytest.mark.parametrize("at", [0, 3 * 128 * 1024 + 32 * 1024, SIZE - HOLE], ids=["begin", "between samples", "end"])
-def test_hole(file: SharedFile, at: int, owned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before, after and around it, the file is resident or not, exactly."""
-    if not owned:
-        monkeypatch.setattr(os, "geteuid", lambda: 65534)
-    monkeypatch.setattr(pagecache, "read_at_once", seen_at_once)
+@pytest.mark.parametrize("at", [0, 3 * 128 * 1024 + 32 * 1024, SIZE - HOLE], ids=["begin", "middle", "end"])
+def test_hole(file: SharedFile, at: int) -> None:
+    """Before, after and around it, the file is resident or not, exactly; not if its end is missing."""
     drop(file, at, HOLE)
     assert not is_resident(file.fileno(), 0, SIZE)
     assert not is_resident(file.fileno(), at, 1)
     assert not is_resident(file.fileno(), max(0, at - 1), HOLE)
     if at:
-        assert is_resident(file.fileno(), 0, at)
+        assert is_resident(file.fileno(), 0, at) == (at + HOLE < SIZE)
     if at + HOLE < SIZE:
         assert is_resident(file.fileno(), at + HOLE, SIZE - at - HOLE)
 
 
-def test_samples_decide_where_the_kernel_tells_nothing(file: SharedFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It tells those that neither own a file nor may write it that all of the file is in memory."""
-    monkeypatch.setattr(pagecache, "_in_core", lambda *_: True)
-    drop(file, SIZE // 2, SIZE // 4)
-    assert is_resident(file.fileno(), 0, SIZE)
-    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+@pytest.mark.parametrize("count", [10, SIZE])
+def test_what_is_missing_is_not_read_to_see_that(
+    file: SharedFile, pair: tuple[socket.socket, socket.socket], count: int
+) -> None:
+    """A read that does not wait for the disk starts one all the same, and waits where the disk takes no more."""
+    drop(file, 0, SIZE)
+    missing = [False] * (SIZE // PAGE)
+    assert pages(file) == missing
+    assert not is_resident(file.fileno(), 0, count)
+    assert read_resident(file.fileno(), 0, count) == b""
+    assert send_resident(file, 0, count, pair[0].fileno()) == 0
+    assert pages(file) == missing
+
+
+def test_what_is_resident_is_read_without_reading_ahead(file: SharedFile) -> None:
+    """The kernel marks a page where a read begins to read more: here, a few pages behind the first."""
+    drop(file, 0, SIZE)
+    os.pread(file.fileno(), PAGE, 0)
+    for at in range(0, SIZE, PAGE):
+        before = pages(file)
+        if read_resident(file.fileno(), at, PAGE):
+            assert pages(file) == before
+
+
+def test_file_of_another_user(file: SharedFile) -> None:
+    """The kernel would tell that all of it is in memory."""
+    fcntl.fcntl(file.fileno(), fcntl.F_SETFL, fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & ~os.O_NOATIME)
     assert not is_resident(file.fileno(), 0, SIZE)
 
 
 def test_end_of_the_file(file: SharedFile) -> None:
     """What is behind it is not in memory: a thread finds out."""
     assert not is_resident(file.fileno(), SIZE, 1)
-    assert not is_resident(file.fileno(), SIZE - 10, 20)
-    assert not is_resident(file.fileno(), 0, SIZE + 1)
+    assert is_resident(file.fileno(), SIZE - 10, 20)
+    assert read_resident(file.fileno(), SIZE - 10, 20) == os.pread(file.fileno(), 10, SIZE - 10)
 
 
 def test_file_that_cannot_be_mapped(file: SharedFile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,18 +22,32 @@ from ociregistry.store.workdir import PendingFiles, PendingImage, undecided_imag
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, open_descriptors, record, texts, until
 from tests.unit.support.irregular import IRREGULAR, put_irregular
-from tests.unit.support.stores import keep_pulled
+from tests.unit.support.stores import image_of, keep_pulled
 
 BUILT = make_image("unreadable")
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
 NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")
 DATA = BUILT.layers[0].data
+LARGE = bytes(100_000)
+"""More than is read when a blob is opened."""
 LAYER = Digest(BUILT.layers[0].digest)
 
 
-def here(root: Path) -> Path:
+def here(root: Path, digest: Digest = LAYER) -> Path:
     """Return the path of the blob."""
-    return root / "blobs" / LAYER.hex
+    return root / "blobs" / digest.hex
+
+
+def unreadable(path: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make every read of this file fail, and no other file be read."""
+    inode = path.stat().st_ino
+
+    def fail(file: int, *args: object) -> int:
+        assert os.fstat(file).st_ino == inode
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    patch.setattr(os, "preadv", fail)
+    patch.setattr(os, "pread", fail)
 
 
 def quarantined(root: Path) -> list[str]:
@@ -46,9 +60,9 @@ async def stored(store: Store) -> None:
     await keep_pulled(store, IMAGE, NGINX, DATA)
 
 
-async def content(store: Store) -> bytes | None:
+async def content(store: Store, digest: Digest = LAYER) -> bytes | None:
     """Return the bytes of the blob, or None on a miss."""
-    blob = await store.blob(LAYER)
+    blob = await store.blob(digest)
     if blob is None:
         return None
     try:
@@ -122,25 +136,36 @@ async def test_new_blob_wins_over_a_file_that_cannot_be_moved(
 async def test_blob_is_a_miss_after_a_read_failed_until_it_succeeds(
     store: Store, root: Path, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await stored(store)
-    inode = here(root).stat().st_ino
-
-    def fail(file: int, *args: object) -> int:
-        assert os.fstat(file).st_ino == inode
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+    digest = Digest.of(LARGE)
+    await keep_pulled(store, image_of(b"config", LARGE), NGINX, LARGE)
+    path = here(root, digest)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", fail)
-        patch.setattr(os, "pread", fail)
-        blob = await store.blob(LAYER)
+        unreadable(path, patch)
+        blob = await store.blob(digest)
         assert blob is not None
         with pytest.raises(OSError, match="Input/output error") as raised:
             await blob.read(100, 10)
         blob.close()
         # It is this error that is logged, with the truncated answer.
-        assert str(here(root)) in str(raised.value)
-        assert await content(store) is None
+        assert str(path) in str(raised.value)
+        assert await content(store, digest) is None
         assert texts(events, LogLevel.error) == []
+    assert await content(store, digest) == LARGE
+
+
+@on_reactor
+async def test_small_blob_that_cannot_be_read_is_a_miss_at_once(
+    store: Store, root: Path, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read when it is opened, before the client is told that it is there."""
+    before = open_descriptors()
+    await stored(store)
+    with monkeypatch.context() as patch:
+        unreadable(here(root), patch)
+        for _ in range(2):
+            assert await store.blob(LAYER) is None
+    assert texts(events, LogLevel.error) == [f"cannot read the blob {here(root)}: Input/output error"]
+    await until(lambda: open_descriptors() <= before)
     assert await content(store) == DATA
 
 
