@@ -37,12 +37,12 @@ class Identity(NamedTuple):
     """In bytes."""
     mode: int
     changed: int
-    """When the content changed, in nanoseconds."""
+    """When the content or anything else of the file changed last (st_ctime), in nanoseconds."""
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
         """Take it from the status of a file."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mode, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mode, status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
