@@ -58,7 +58,7 @@ JUNIT = --junitxml=build/junit-$@
 help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
-run: $(VENV)/run.stamp ## start the daemon here, in the foreground, with ./images as its store
+run: $(VENV)/run.stamp ## start the daemon here, in the foreground, with ./images as its store; OPTIONS=--config-path=FILE
 	$(VENV)/bin/twistd -n --pidfile= ociregistry --image-path ./images --port 8080 --log-level info $(OPTIONS)
 
 test: $(VENV)/test.stamp ## run all tests except the long ones, in memory and against real servers (needs root)

@@ -24,7 +24,7 @@ _HEAD = """# ociregistry
 
 ```sh
 kubectl create namespace ociregistry
-helm install ociregistry ociregistry-{version}.tgz --namespace ociregistry
+helm install ociregistry ociregistry-chart-{version}.tgz --namespace ociregistry
 ```
 
 The image has to be on the nodes, or in a registry that they reach. docs/kubernetes.md in the project has the first

@@ -74,6 +74,11 @@ def _not_preloaded(path: Path | None) -> Sequence[str]:
 def report(settings: Settings) -> Iterator[str]:
     """Yield the lines to print; they contain no password or token."""
     yield from _clients(settings)
+    yield from _upstreams(settings)
+    yield f"the store, at {settings.image_path}"
+
+
+def _upstreams(settings: Settings) -> Iterator[str]:
     if settings.air_gapped:
         yield "every upstream"
         yield "  never contacted: the daemon is air-gapped"

@@ -47,17 +47,25 @@ def upstreams(path: Path, text: str, **given: str) -> list[str]:
 
 
 def test_without_configuration() -> None:
-    assert list(report(load_settings({}, (), None))) == ["clients, at port 8080", "  http", *OTHERS]
+    assert list(report(load_settings({}, (), None))) == [
+        "clients, at port 8080",
+        "  http",
+        *OTHERS,
+        "the store, at /var/lib/ociregistry",
+    ]
 
 
 def test_air_gapped_daemon_contacts_no_upstream(path: Path) -> None:
     assert lines(
-        path, "air_gapped: true\nregistries:\n  - name: reg.example\n    auth: {user: u, password: p}\n"
+        path,
+        "air_gapped: true\nimage_path: /srv/images\n"
+        "registries:\n  - name: reg.example\n    auth: {user: u, password: p}\n",
     ) == [
         "clients, at port 8080",
         "  http",
         "every upstream",
         "  never contacted: the daemon is air-gapped",
+        "the store, at /srv/images",
     ]
 
 
@@ -150,6 +158,7 @@ registries:
         "  anonymous",
         "  through the proxy http://proxy:3128",
         "  without a proxy where it is in NO_PROXY (e.example,10.0.0.0/8) or on this machine",
+        "the store, at /var/lib/ociregistry",
     ]
     assert not any(SECRET in line for line in told)
 
@@ -169,6 +178,7 @@ def test_report_of_proxy_for_one_scheme(path: Path) -> None:
         *OTHERS,
         "  https without a proxy, http through the proxy http://proxy:3128",
         "  without a proxy where it is on this machine",
+        "the store, at /var/lib/ociregistry",
     ]
 
 
@@ -235,6 +245,7 @@ def test_disallowed_upstream_is_marked(path: Path) -> None:
         "a.example",
         "docker.io",
         "every other upstream, if it is one of *.example, docker.io",
+        "the store, at /var/lib/ociregistry",
     ]
     assert not any("NOT ALLOWED" in line for line in lines(path, text))
 
