@@ -180,7 +180,7 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
     ),
     Definition(
         "ociregistry_links",
-        "All hosts that were asked of late, up or down.",
+        "All hosts that were contacted of late, or could not be, up or down.",
         lambda s: [
             (("up",), sum(link.up for link in s.links)),
             (("down",), sum(not link.up for link in s.links)),

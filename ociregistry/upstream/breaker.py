@@ -136,16 +136,18 @@ class CircuitBreaker:
         jitter: Callable[[], float] = random.random,
         *,
         watches: bool = True,
+        behind_proxy: bool = False,
     ) -> None:
         """Create a closed breaker; `name` is the host for messages, `jitter` returns random numbers from 0 to 1.
 
-        With watches=False, silence does not open it.
+        With watches=False, silence does not open it. `behind_proxy` tells that its connections are those to a proxy.
         """
         self.name = name
         """The host for messages."""
         self._clock = clock
         self._jitter = jitter
         self._watches = watches
+        self._behind_proxy = behind_proxy
         self._down_since: float | None = None
         self._down_until = 0.0
         self._failures = 0
@@ -156,6 +158,8 @@ class CircuitBreaker:
         self._waiting: dict[Attempt, None] = {}
         """The requests that wait for the headers of a response, the oldest first."""
         self._heard_at = float("-inf")
+        self._answered_at = float("-inf")
+        """When anything first came from the host itself."""
         self._lookups = 0
         self._timer: IDelayedCall | None = None
         self._slowest = 0.0
@@ -169,15 +173,23 @@ class CircuitBreaker:
 
     @property
     def has_answered(self) -> bool:
-        """Whether anything has ever come from the host."""
-        return self._heard_at > float("-inf")
+        """Whether anything has ever come from the host itself; a connection to its proxy tells nothing of it."""
+        return self._answered_at > float("-inf")
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known of the host: it has answered, or could not be reached.
+
+        Nothing is known where all requests were denied or cancelled before that.
+        """
+        return self.is_open or self.has_answered
 
     def link(self, *, named: bool, wanted: bool = False) -> LinkState:
         """Return what is known of the host.
 
         Metrics tell its name if it is `named`; `wanted` tells whether something from it is wanted.
         """
-        since = self._changed_at if self._down_since is None else self._down_since
+        since = max(self._changed_at, self._answered_at) if self._down_since is None else self._down_since
         return LinkState(
             host=self.name,
             named=named,
@@ -240,6 +252,12 @@ class CircuitBreaker:
     def heard(self) -> None:
         """Note that something came from the host: it accepted a connection, or sent bytes."""
         self._heard_at = self._clock.seconds()
+        if not self._behind_proxy:
+            self._note_answer()
+
+    def _note_answer(self) -> None:
+        if not self.has_answered:
+            self._answered_at = self._clock.seconds()
 
     @contextmanager
     def looking_up(self) -> Iterator[None]:
@@ -289,6 +307,7 @@ class CircuitBreaker:
 
     def answered(self, attempt: Attempt | None = None) -> None:
         """Close the breaker: the host can be reached; note how long it took for `attempt`."""
+        self._note_answer()
         now = self._clock.seconds()
         if attempt is not None and now - attempt.began > PATIENCE:
             self._slowest, self._slow_until = now - attempt.began, now + _SLOW_FOR
@@ -369,7 +388,7 @@ class CircuitBreakers:
             name = f"proxy {target}" if isinstance(target, Proxy) else f"{target.host}:{target.port}"
             # A proxy is silent while it waits for a host; whether it can be connected to has a time-out of its own.
             watches = self._watches and not isinstance(target, Proxy)
-            breaker = CircuitBreaker(name, self._clock, watches=watches)
+            breaker = CircuitBreaker(name, self._clock, watches=watches, behind_proxy=through is not None)
         self._breakers[target, through] = breaker
         return breaker
 
@@ -378,13 +397,17 @@ class CircuitBreakers:
         configured: Callable[[str, int], bool],
         wanted: Callable[[CircuitBreaker], bool] = lambda breaker: False,
     ) -> tuple[LinkState, ...]:
-        """Return what is known of all hosts; one that is asked in several ways is up if it is up in one of them.
+        """Return what is known of hosts; one that is asked in several ways is up if it is up in one of them.
+
+        Left out are those of which nothing is known: a client may ask for a host that is denied.
 
         Named are those of which `configured` is true, with their host and port; and of the others the first 50 that
         have answered. `wanted` tells whether something from the host of an open breaker is wanted.
         """
         found: dict[str, LinkState] = {}
         for (target, _), breaker in self._breakers.items():
+            if not breaker.is_known:
+                continue
             known = isinstance(target, Proxy) or configured(target.host, target.port)
             link = breaker.link(named=known or self._names(breaker), wanted=wanted(breaker))
             other = found.get(link.host)

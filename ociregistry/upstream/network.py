@@ -106,7 +106,7 @@ class Network(Service):
 
     @property
     def links(self) -> tuple[LinkState, ...]:
-        """The hosts that were asked, and whether they can be reached."""
+        """The hosts that were contacted, or could not be, and whether they can be reached."""
         return self._breakers.links(configured_hosts(self._settings), self._prober.probes)
 
     @property

@@ -413,3 +413,26 @@ def test_host_that_never_answered_is_named_only_if_configured(clock: Clock) -> N
         ("known.example:443", True),
         ("made-up.example:443", False),
     ]
+
+
+def test_host_is_listed_as_soon_as_something_is_known_of_it(clock: Clock) -> None:
+    """Clients may ask for hosts that are denied, and give up before a connection is made."""
+    breakers = CircuitBreakers(clock)
+    breaker = breakers.get(Origin("https", "reg.example", 443))
+    breaker.enter(UPSTREAM).abandoned()
+    attempt = breaker.enter(UPSTREAM)
+    clock.advance(5)
+    assert breakers.links(lambda host, port: True) == ()
+    breaker.heard()
+    clock.advance(2)
+    attempt.answered()
+    (link,) = breakers.links(lambda host, port: True)
+    assert (link.up, link.for_seconds) == (True, 2)
+
+
+def test_host_that_is_down_one_way_is_not_up_because_another_was_denied(clock: Clock) -> None:
+    breakers = CircuitBreakers(clock)
+    breakers.get(Origin("http", "reg.example", 5000)).enter(UPSTREAM).abandoned()
+    take_down(breakers.get(Origin("https", "reg.example", 5000)))
+    (link,) = breakers.links(lambda host, port: True)
+    assert (link.up, link.why) == (False, "no route")

@@ -313,6 +313,24 @@ async def test_direct_and_proxied_host_have_separate_breakers(
     assert texts(events, LogLevel.warn) == [f"{NAME} cannot be reached: {why}"]
 
 
+@on_reactor
+async def test_host_that_was_never_contacted_is_not_listed(asking: Proxied, proxy: ForwardProxy) -> None:
+    """A connection to the proxy tells nothing of the host that the proxy refuses."""
+    breakers = CircuitBreakers(REACTOR)
+    for name in ("169.254.169.254", "127.0.0.1:22"):
+        for proxies in (NO_PROXIES, through(proxy)):
+            with pytest.raises(Denied):
+                await asking.get(asking.client(proxies, name=name, scheme="https", breakers=breakers))
+    assert breakers.links(lambda host, port: False) == ()
+    proxy.refusal = b"HTTP/1.1 403 No\r\n\r\n"
+    await asking.refused(asking.client(through(proxy), scheme="https", breakers=breakers))
+    (link,) = breakers.links(lambda host, port: False)
+    assert (link.host, link.up) == (f"proxy {proxy.url}", True)
+    proxy.refusal = b""
+    assert (await asking.get(asking.client(through(proxy), breakers=breakers))).status == 200
+    assert (NAME, True) in [(link.host, link.up) for link in breakers.links(lambda host, port: False)]
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @on_reactor
 async def test_breaker_of_proxy_opens_when_it_refuses_connections(
