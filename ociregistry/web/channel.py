@@ -34,6 +34,7 @@ from zope.interface import implementer
 
 from ociregistry.concurrency import Event
 from ociregistry.config.tls import ServerTls
+from ociregistry.log import Seldom
 from ociregistry.openssl import openssl_context, openssl_reason
 
 _log = Logger(namespace="ociregistry.web")
@@ -176,17 +177,24 @@ class Channel(HTTPChannel):
 
     A client may close its side of the connection after a request, and still gets the whole response.
 
-    `addresses` counts the connections of each address and is shared by all channels. A new connection counts in
-    `in_flight` until its first request does. Plain requests take the `short_way` where it has an answer.
+    `addresses` counts the connections of each address and is shared by all channels, as is `seldom`, for the log line
+    that a client speaks TLS. A new connection counts in `in_flight` until its first request does. Plain requests take
+    the `short_way` where it has an answer.
     """
 
     def __init__(
-        self, clock: IReactorTime, addresses: Counter[str], in_flight: InFlight, short_way: ShortWay | None = None
+        self,
+        clock: IReactorTime,
+        addresses: Counter[str],
+        in_flight: InFlight,
+        seldom: Seldom,
+        short_way: ShortWay | None = None,
     ) -> None:
         super().__init__()
         self._short_way = short_way
         self._clock = clock
         self._in_flight = in_flight
+        self._seldom = seldom
         self._addresses = addresses
         self._address = ""
         self._deadline: IDelayedCall | None = None
@@ -260,6 +268,12 @@ class Channel(HTTPChannel):
             # A client that tries TLS first falls back to plain HTTP on any response, and waits 10 s without one.
             self._tcp.write(_NOT_TLS)
             self._tcp.loseConnection()
+            if self._seldom.due():
+                _log.warn(
+                    "{client}: the client speaks TLS, and this port is plain HTTP: unless it goes on without TLS, "
+                    "write http:// in its hosts.toml, or set tls",
+                    client=self._address,
+                )
             return
         self._fresh = False
         if self._on_short_way:

@@ -95,11 +95,12 @@ class HandlerSite(Site):
         super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
         self._clock = clock
         self._addresses: Counter[str] = Counter()
+        self._speaks_tls = Seldom(clock)
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Make the channel of a new connection, without the superclass's wrapper that can also speak HTTP/2."""
         # Any, since Twisted's types allow only that wrapper, which is private.
-        channel: Any = Channel(self._clock, self._addresses, self.in_flight, self.hits)
+        channel: Any = Channel(self._clock, self._addresses, self.in_flight, self._speaks_tls, self.hits)
         channel.factory, channel.site = self, self
         channel.requestFactory = self.requestFactory
         channel.timeOut, channel.callLater = self.timeOut, self._clock.callLater

@@ -9,11 +9,14 @@ import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import LogEvent, LogLevel
 
+from ociregistry.log import Seldom
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.web.api import V2
 from ociregistry.web.channel import MOST_CONNECTIONS, Channel, InFlight, host_and_port
 from ociregistry.web.site import RegistrySite
+from tests.unit.support.common import texts
 from tests.unit.support.demands import NoDemand
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.web_clients import BLOB, DATA, QUICK, SLOW, Cache, Client, SizedData
@@ -205,6 +208,23 @@ def test_data_after_a_tls_hello_is_ignored(client: Client) -> None:
     assert client.transport.value() == response
 
 
+def test_tls_hello_is_logged_once_a_minute(site: RegistrySite, clock: Clock, events: list[LogEvent]) -> None:
+    """A client that tries TLS first may send one for each connection."""
+
+    def hello(host: str) -> None:
+        Client(site, IPv4Address("TCP", host, 40000)).send(b"\x16\x03\x01")
+
+    for host in ("10.0.0.7", "10.0.0.7", "10.0.0.8"):
+        hello(host)
+        clock.advance(20)
+    hello("10.0.0.9")
+    line = (
+        "{}: the client speaks TLS, and this port is plain HTTP: unless it goes on without TLS, "
+        "write http:// in its hosts.toml, or set tls"
+    )
+    assert texts(events, LogLevel.warn) == [line.format(host) for host in ("10.0.0.7", "10.0.0.9")]
+
+
 def test_tls_hello_counts_only_at_the_start(client: Client) -> None:
     """Later, the same byte is data."""
     client.send(b"PUT /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
@@ -232,7 +252,7 @@ def test_connections_per_address_are_limited(site: RegistrySite) -> None:
 
 def test_address_is_forgotten_with_its_last_connection(clock: Clock) -> None:
     addresses: Counter[str] = Counter()
-    channels = [Channel(clock, addresses, InFlight()) for _ in range(3)]
+    channels = [Channel(clock, addresses, InFlight(), Seldom(clock)) for _ in range(3)]
     for channel in channels:
         channel.callLater = clock.callLater  # type: ignore[method-assign, assignment]  # as the site does
         channel.makeConnection(StringTransport(peerAddress=IPv4Address("TCP", "10.0.0.7", 40000)))
