@@ -240,7 +240,9 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
     Definition("ociregistry_disk_free_bytes", "Free bytes on the disk of the store.", _one(lambda s: s.disk.free)),
     Definition("ociregistry_disk_reserve_bytes", "Bytes that downloads leave free.", _one(lambda s: s.disk.reserve)),
     Definition(
-        "ociregistry_disk_full", "1 while downloads stop, as only the reserve is left.", _one(lambda s: s.disk.full)
+        "ociregistry_disk_full",
+        "1 while most downloads stop, as little is free beside the reserve.",
+        _one(lambda s: s.disk.full),
     ),
     Definition(
         "ociregistry_preload_images",

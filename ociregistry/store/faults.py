@@ -70,7 +70,7 @@ class Faults:
             folders and f"the store cannot be written, nothing new is kept in it: {folders}",
             refresh and f"the store cannot be scanned: {refresh}",
             space and f"the free disk space cannot be read: {space}",
-            "the disk is full, downloads stop: only what is kept in reserve is free" if self._space.room.full else "",
+            self._full,
             self._refused,
             _damaged("record", map(os.path.basename, self._refresh.damaged), "damaged or unreadable"),
             _damaged("blob", (blob.hex for blob in self._blobs.unreadable if self._index.sizes(blob)), "unreadable"),
@@ -81,12 +81,19 @@ class Faults:
         return [printable(sentence) for sentence in found if sentence]
 
     @property
+    def _full(self) -> str:
+        room = self._space.room
+        if not room.full:
+            return ""
+        return f"the disk is full: {size_text(room.left)} are free beside the reserve, so no larger download fits"
+
+    @property
     def _refused(self) -> str:
         room, refused = self._space.room, self._space.refused
         if room.full or not refused:
             return ""
-        left = size_text(max(0, room.free - room.reserve))
-        return f"the disk has no room for a download of {size_text(refused)}: beside the reserve {left} are free"
+        left = size_text(room.left)
+        return f"the disk has no room for a download of {size_text(refused)}: {left} are free beside the reserve"
 
 
 _LOST = "damaged and could not be fetched again"

@@ -15,7 +15,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ociregistry.config.values import Reserve
+from ociregistry.config.values import Reserve, size_text
 from ociregistry.store.threads import Threads
 
 _log = Logger(namespace="ociregistry.store")
@@ -23,7 +23,7 @@ _log = Logger(namespace="ociregistry.store")
 _READ_EVERY = 1.0
 """Seconds. Other processes write to the disk too."""
 _FULL = 2 * 1024 * 1024
-"""Bytes above the reserve, more than a download writes at once: with less, every download stops."""
+"""Bytes beside the reserve, more than a download writes at once: with less, the disk counts as full."""
 _REFUSED_FOR = 300.0
 """Seconds for which a refusal is told. A blob that is still wanted is tried again within that time."""
 
@@ -36,7 +36,12 @@ class Room:
     free: int
     reserve: int
     full: bool
-    """Whether downloads stop, because only the reserve is left."""
+    """Whether so little is free beside the reserve that most downloads stop."""
+
+    @property
+    def left(self) -> int:
+        """Bytes that are free beside the reserve; no larger download fits."""
+        return max(0, self.free - self.reserve)
 
 
 class Space:
@@ -137,10 +142,11 @@ class Space:
             self._read()
         if self._missing(count) > 0:
             self._refused, self._refused_at = count, self._clock.seconds()
+            left = max(0, self._free - self._reserved)
             raise OSError(
                 errno.ENOSPC,
-                f"the disk of {self._folder} has no room: {count} bytes are needed and {self._free} are free, "
-                f"of which {self._reserved} are kept in reserve",
+                f"the disk of {self._folder} has no room: {count} bytes are needed and {left} are free beside the "
+                f"reserve of {self._reserved}",
             )
 
     def _missing(self, needed: int) -> int:
@@ -180,15 +186,17 @@ class Space:
         self.room = Room(size, free, reserve, full)
         if full and not was_full:
             _log.warn(
-                "the disk of {store} is full: {free} bytes are free and {reserve} are kept in reserve, "
-                "so downloads stop; what is cached is served",
+                "the disk of {store} is full: {what} are free beside the reserve, so no larger download fits; "
+                "what is cached is served",
                 store=self._folder,
+                what=size_text(self.room.left),
                 free=free,
                 reserve=reserve,
             )
         elif was_full and not full:
             _log.warn(
-                "the disk of {store} has room again: {free} bytes are free, downloads resume",
+                "the disk of {store} has room again: {what} are free beside the reserve, downloads resume",
                 store=self._folder,
+                what=size_text(self.room.left),
                 free=free,
             )

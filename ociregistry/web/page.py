@@ -170,7 +170,7 @@ def _figures(status: Status, now: datetime) -> Tag:
     received = sum(status.received.values())
     limit, window = status.bandwidth.limit, status.bandwidth.window
     stored = f"{count_text(status.records.images, 'image')}, {count_text(status.records.lists, 'list')}"
-    room = "full: only the reserve is left" if disk.full else f"{size_text(disk.reserve)} kept free"
+    room = f"full: {size_text(disk.left)} beside the reserve" if disk.full else f"{size_text(disk.reserve)} kept free"
     used = f"{size_text(disk.size - disk.free)} of {size_text(disk.size)} used"
     return tags.section(id="figures")(
         tags.h2("At a glance", class_="hidden"),

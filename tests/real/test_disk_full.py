@@ -175,7 +175,7 @@ def test_unwanted_partial_is_removed_for_another_blob(
         assert digest_of(cache.ask(blob_of(another)).body) == another.layers[0].digest
         assert not partial(cache, large).exists()
         wait_until(lambda: "has room again" in cache.daemon.log, SOON, "the state is reported")
-    assert cache.daemon.log.count("so downloads stop") == 1
+    assert cache.daemon.log.count("so no larger download fits") == 1
 
 
 def test_blob_of_unknown_size_without_room_is_refused(

@@ -152,7 +152,7 @@ async def test_manifest_exceeding_reserve_is_not_stored_but_known_one_gets_new_n
     asked = Deferred.fromCoroutine(cache.manifest(image("reg.example/team/app:2")))
     await until(lambda: upstreams.calls)
     upstreams[0].answer(manifest(new))
-    with pytest.raises(Unavailable, match=r"cannot be stored: the disk of .* are kept in reserve"):
+    with pytest.raises(Unavailable, match=r"cannot be stored: the disk of .* are free beside the reserve of "):
         await asked
     assert not record(root, manifest(new).digest).exists()
     # Manifests that the store already holds are accepted, also under new names.

@@ -117,7 +117,7 @@ async def test_damaged_file_in_place_counts_until_the_next_verification(
 @on_reactor
 async def test_full_disk(store: Store, clock: Clock) -> None:
     store.reconfigure(Reserve(1.0, 1 << 62))
-    await told(store, clock, "the disk is full, downloads stop: only what is kept in reserve is free")
+    await told(store, clock, "the disk is full: 0 B are free beside the reserve, so no larger download fits")
     store.reconfigure(USUAL_RESERVE)
     await told(store, clock)
 
@@ -130,7 +130,7 @@ async def test_download_that_does_not_fit(store: Store, clock: Clock) -> None:
         await store.check_room(1 << 62)
     (sentence,) = store.faults.sentences
     assert re.fullmatch(
-        r"the disk has no room for a download of [\d.]+ .B: beside the reserve [\d.]+ .B are free", sentence
+        r"the disk has no room for a download of [\d.]+ .B: [\d.]+ .B are free beside the reserve", sentence
     )
     assert store.faults.has_no_room
     clock.advance(300)

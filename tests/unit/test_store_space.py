@@ -81,8 +81,8 @@ async def refused(space: Space, count: int | None) -> str:
 async def test_space_above_the_reserve_is_granted(space: Space, tmp_path: Path) -> None:
     await space.check(90 * MIB)
     assert await refused(space, 90 * MIB + 1) == (
-        f"the disk of {tmp_path} has no room: {90 * MIB + 1} bytes are needed and {100 * MIB} are free, "
-        f"of which {RESERVE} are kept in reserve"
+        f"the disk of {tmp_path} has no room: {90 * MIB + 1} bytes are needed and {90 * MIB} are free "
+        f"beside the reserve of {RESERVE}"
     )
 
 
@@ -181,9 +181,9 @@ async def test_full_disk_and_its_end_are_logged_once(
         clock.advance(1)
         # The default argument binds the value of this iteration; mypy infers no type for it.
         await until(lambda expected=expected: space.room == expected)  # type: ignore[misc]
-    warnings = texts(events, LogLevel.warn)
-    assert ["is full" in line for line in warnings] == [True, False]
-    assert "has room again" in warnings[1]
+    filled, emptied = texts(events, LogLevel.warn)
+    assert "is full: 2.1 MB are free beside the reserve, so no larger download fits; what is cached" in filled
+    assert "has room again: 4.2 MB are free beside the reserve, downloads resume" in emptied
 
 
 @on_reactor

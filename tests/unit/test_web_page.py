@@ -130,8 +130,8 @@ def test_figures() -> None:
     assert "250.0 kB/s at all times" in text
     assert "Up for 26 h 0 min 3 requests in flight" in text
     assert "Store 1.2 kB 1 image, 1000 lists" in shown(records=Counts(lists=1000, images=1)).text
-    text = shown(usage=None, disk=Room(500, 0, 100, full=True), bandwidth=BandwidthLimit(None, "08:00-18:00")).text
-    assert "full: only the reserve is left" in text
+    text = shown(usage=None, disk=Room(500, 160, 100, full=True), bandwidth=BandwidthLimit(None, "08:00-18:00")).text
+    assert "full: 60 B beside the reserve" in text
     assert "Store measuring" in text
     assert "no limit 08:00-18:00" in text
     assert "no pulls yet" in text
