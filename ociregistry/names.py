@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _LABEL = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 _UPSTREAM = re.compile(rf"(?P<host>{_LABEL}(?:\.{_LABEL})*|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{{1,5}}))?")
+_SCHEME = re.compile(r"(?P<name>https?|docker):(?://|$)")
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
@@ -50,7 +51,11 @@ class Upstream:
         """
         name = _canonical_host(text) if len(text) <= _LONGEST_NAME else ""
         if not name:
-            raise NameInvalid(f"{text[:300]!r} is not the name of a registry: host or host:port is expected")
+            scheme = _SCHEME.match(text)
+            superfluous = f", without {scheme['name']}://" if scheme else ""
+            raise NameInvalid(
+                f"{text[:300]!r} is not the name of a registry: host or host:port is expected{superfluous}"
+            )
         return cls(name)
 
     @property

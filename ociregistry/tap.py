@@ -96,7 +96,8 @@ class Options(CommonOptions):
         except usage.UsageError as error:
             from ociregistry.commands.help import did_you_mean
 
-            exit_with(f"{error}{did_you_mean(str(error), self)} (--help lists the options)", 2)
+            listed = "commands" if str(error).startswith("Unknown command") else "options"
+            exit_with(f"{error}{did_you_mean(str(error), self)} (--help lists the {listed})", 2)
 
     def postOptions(self) -> None:
         """Build the settings, so that an error shows before anything starts, then run the command, if any."""

@@ -170,6 +170,10 @@ def _pattern(node: Node) -> Patterns:
     return _parsed(node, lambda text: Patterns.of([text]))
 
 
+def _endpoint(node: Node) -> str:
+    return _parsed(node, parse_endpoint)
+
+
 def _parsed(node: Node, parse: Callable[[str], T]) -> T:
     text = node.word()
     try:
@@ -225,7 +229,7 @@ def read_config(path: Path, options: Set[str], files: ConfigFiles) -> Config:
     return Config(
         path,
         values={key: (node.text(), node.where) for key, node in nodes.items() if key in options},
-        listen=tuple(_parsed(item, parse_endpoint) for item in nodes["listen"].items()) if "listen" in nodes else (),
+        listen=tuple(map(_endpoint, nodes["listen"].items('["tcp:8080"]'))) if "listen" in nodes else (),
         registries=registries,
         proxy=read_proxies(nodes["proxy"]) if "proxy" in nodes else None,
         bandwidth=read_windows(bandwidth) if bandwidth else (),

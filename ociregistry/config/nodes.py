@@ -111,16 +111,16 @@ class Node:
             found[key] = Node(self._files, self._path, value, below + key)
         return {key: node for key, node in found.items() if not node.is_absent}
 
-    def items(self) -> list[Node]:
+    def items(self, example: str = "[VALUE, VALUE]") -> list[Node]:
         """Return the values of a list; an absent list is empty.
 
         Raises:
-            ConfigInvalid: this is not a list.
+            ConfigInvalid: this is not a list; the message shows `example`.
         """
         if self.is_absent:
             return []
         if not isinstance(self._node, yaml.SequenceNode):
-            raise self.error("a list is expected, such as [VALUE, VALUE]")
+            raise self.error(f"a list is expected, such as {example}")
         return [Node(self._files, self._path, node, self._key) for node in self._node.value]
 
     def text(self) -> str:

@@ -118,7 +118,7 @@ def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple
     registries: dict[Upstream, RegistrySettings] = {}
     mirrors: list[tuple[Mirror, Node]] = []
     warnings: list[str] = []
-    for item in node.items():
+    for item in node.items("- name: docker.io"):
         nodes = item.mapping("name", "description", "scheme", "auth", "tls", "mirrors", "mirrors_only", "proxy")
         entry, warned = _registry(item, nodes)
         if entry.upstream in registries:

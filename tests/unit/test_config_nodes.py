@@ -117,7 +117,10 @@ def test_nearest_key_is_named(path: Path, text: str, near: str) -> None:
 
 
 def test_list_and_mapping_are_shown_where_they_are_expected(path: Path) -> None:
-    assert refusal(path, "listen: tcp:8080").endswith(": listen: a list is expected, such as [VALUE, VALUE]")
+    assert refusal(path, "listen: 0.0.0.0:8080").endswith(': listen: a list is expected, such as ["tcp:8080"]')
+    named = refusal(path, "registries: {docker.io: {scheme: https}}")
+    assert named.endswith(": registries: a list is expected, such as - name: docker.io")
+    assert refusal(path, "complete_platforms: linux/amd64").endswith(": a list is expected, such as [VALUE, VALUE]")
     assert refusal(path, "- quay.io").endswith(": a mapping is expected, such as {KEY: VALUE}")
 
 

@@ -264,7 +264,8 @@ def test_help_of_a_command_describes_its_own_options_first(capfd: pytest.Capture
 def test_mistyped_word_suggests_the_near_one(
     capfd: pytest.CaptureFixture[str], argv: tuple[str, ...], meant: str
 ) -> None:
-    assert usage_error(capfd, *argv).endswith(f": did you mean {meant}? (--help lists the options)")
+    listed = "options" if meant.startswith("-") else "commands"
+    assert usage_error(capfd, *argv).endswith(f": did you mean {meant}? (--help lists the {listed})")
 
 
 def test_word_that_is_near_to_nothing_suggests_nothing(capfd: pytest.CaptureFixture[str]) -> None:
