@@ -11,7 +11,7 @@ from twisted.python import usage
 
 from ociregistry.archives.exporting import Exported, export_images
 from ociregistry.archives.members import ArchiveFailure
-from ociregistry.commands.options import Command, CommandFailed, print_lines, print_unreadable
+from ociregistry.commands.options import Command, CommandFailed, check_store, print_lines, print_unreadable
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import handled_signals
 from ociregistry.config.values import Patterns, count_text, size_text
@@ -73,6 +73,7 @@ class Export(Command):
                 exists and is not to be replaced.
             OSError: the store cannot be used.
         """
+        check_store(settings.image_path)
         self._check_target()
         # All of them raise KeyboardInterrupt, on which the unfinished archive is removed.
         for number in handled_signals():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ociregistry import __version__
-from ociregistry.commands.options import CommandFailed
+from ociregistry.commands.options import ANOTHER, CommandFailed, check_store
 from ociregistry.config.values import printable
 from ociregistry.names import Digest
 from ociregistry.store.snapshot import Snapshot
@@ -44,6 +44,8 @@ class Facts:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._snapshot: Snapshot | None = None
+        self._found = False
+        """Whether there was a daemon or a store: one that is lost later does not end `status --watch`."""
 
     def read(self) -> Document:
         """Return the facts of now; `status` is `ok`, `degraded`, or `stopped` where no daemon runs. Blocks.
@@ -60,13 +62,18 @@ class Facts:
         if told is not None:
             # A snapshot saves time at the next reading of the files, and takes memory: not while a daemon runs.
             self._snapshot = None
+            self._found = True
             return told
         if self._snapshot is None:
             self._snapshot = Snapshot(self._root)
         try:
+            if not self._found:
+                check_store(self._root)
+                self._found = True
             self._snapshot.refresh()
         except FileNotFoundError:
-            raise CommandFailed(f"no daemon runs, and there is no store at {self._root}", STOPPED) from None
+            why = f"no daemon runs, and there is no store at {self._root} {ANOTHER}"
+            raise CommandFailed(why, STOPPED) from None
         return _told_by_files(self._snapshot)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from twisted.python import usage
 
-from ociregistry.commands.options import Command, print_lines, print_unreadable
+from ociregistry.commands.options import Command, check_store, print_lines, print_unreadable
 from ociregistry.config.values import Patterns, local_time
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
@@ -55,7 +55,12 @@ class List(Command):
             raise usage.UsageError("--long and --json exclude each other: JSON has all of it")
 
     def run(self, settings: Settings) -> int:
-        """Print the images to stdout, and warnings about unreadable records to stderr."""
+        """Print the images to stdout, and warnings about unreadable records to stderr.
+
+        Raises:
+            OSError: the store cannot be used.
+        """
+        check_store(settings.image_path)
         with collection_paused(for_good=True):
             snapshot = Snapshot.read(settings.image_path)
             print_unreadable(snapshot.unreadable)

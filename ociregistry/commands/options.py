@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getopt
 import os
 import re
@@ -15,9 +16,13 @@ from twisted.python import usage
 from ociregistry import __version__
 from ociregistry.process import print_error
 from ociregistry.settings import OPTIONS, Option, Settings
+from ociregistry.store.paths import is_store
 from ociregistry.store.scan import unreadable_lines
 
 T = TypeVar("T")
+
+ANOTHER = "(--image-path names another)"
+"""What to do where there is no store."""
 
 
 class CommandFailed(Exception):
@@ -138,6 +143,22 @@ class Command(CommonOptions):
             return parse(text)
         except ValueError as error:
             raise usage.UsageError(f"--{name} {text!r}: {error}") from None
+
+
+def check_store(root: Path) -> None:
+    """Check that there is a store at `root`: only `load` and the daemon make one.
+
+    Raises:
+        FileNotFoundError: there is none; its `strerror` says how to name another folder.
+        OSError: the folder cannot be examined.
+    """
+    why = "there is none in this folder"
+    try:
+        if is_store(root):
+            return
+    except FileNotFoundError as error:
+        why = str(error.strerror)
+    raise FileNotFoundError(errno.ENOENT, f"{why} {ANOTHER}", str(root))
 
 
 def print_unreadable(files: Mapping[Path, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from twisted.python import usage
 
-from ociregistry.commands.options import Command, print_lines, print_unreadable
+from ociregistry.commands.options import Command, check_store, print_lines, print_unreadable
 from ociregistry.commands.running import become_owner
 from ociregistry.config.values import Patterns, count_text, parse_duration, parse_local_time, size_text
 from ociregistry.settings import Settings
@@ -70,7 +70,7 @@ class Prune(Command):
             OSError: the store cannot be used.
         """
         root, now = settings.image_path, datetime.now(UTC)
-        root.stat()
+        check_store(root)
         if not self["dry-run"]:
             become_owner(root)
         would = bool(self["dry-run"])

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 from ociregistry.commands.fetching import open_fetcher, opened_store
-from ociregistry.commands.options import Command, print_lines, print_unreadable
+from ociregistry.commands.options import Command, check_store, print_lines, print_unreadable
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import become_owner, run_on_reactor
 from ociregistry.config.values import count_text, size_text
@@ -37,7 +37,7 @@ class Verify(Command):
             CommandFailed: the command was interrupted, or cannot become the owner of the store.
             OSError: the store cannot be used.
         """
-        settings.image_path.stat()
+        check_store(settings.image_path)
         become_owner(settings.image_path)
         return 0 if run_on_reactor(lambda reactor: self._verify(settings, reactor), settings) else 1
 
@@ -51,7 +51,7 @@ class Verify(Command):
             with _progress() as advance:
                 findings = await store.verify(None, advance, repairs.repair if repairs else _print_damaged)
             missing = {**findings.missing, **(findings.missing_metadata if settings.complete_metadata else {})}
-            print_lines(_report(findings, missing))
+            print_lines(_report(findings, missing, repairs=repairs is not None))
             print_unreadable(findings.foreign)
             if repairs is None:
                 return not findings.damaged and not missing
@@ -60,7 +60,8 @@ class Verify(Command):
 
 
 async def _print_damaged(damaged: Damaged) -> None:
-    print_lines([f"damaged: {damaged.path}: {damaged.why}"])
+    moved = f"; moved to {damaged.place.parent}" if damaged.place else ""
+    print_lines([f"damaged: {damaged.path}: {damaged.why}{moved}"])
     if damaged.outcome is DamagedOutcome.REMOVED:
         print_lines([f"{damaged.outcome.value}: {damaged.path}"])
 
@@ -104,10 +105,11 @@ def _progress() -> Iterator[Advance]:
         yield advance
 
 
-def _report(findings: Findings, missing: Mapping[Digest, Mapping[Digest, int]]) -> Iterator[str]:
+def _report(findings: Findings, missing: Mapping[Digest, Mapping[Digest, int]], *, repairs: bool) -> Iterator[str]:
     if missing:
         size = sum(sum(lacking.values()) for lacking in missing.values())
-        yield f"not complete: {count_text(len(missing), 'image')}, missing: {count_text(size, 'byte')}"
+        fetched = "" if repairs else "; verify --repair fetches them"
+        yield f"not complete: {count_text(len(missing), 'image')}, missing: {count_text(size, 'byte')}{fetched}"
     yield (
         f"{count_text(findings.records, 'record')} and {count_text(findings.blobs, 'blob')} "
         f"with {count_text(findings.bytes, 'byte')} "

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from ociregistry.names import Digest
@@ -68,6 +70,20 @@ def digest_of(path: Path | str) -> Digest:
 def pulls_folder(root: Path) -> Path:
     """Return the folder that contains the pulls/<n>/ of all processes."""
     return root / _PULLS
+
+
+def is_store(root: Path) -> bool:
+    """Tell whether a folder of a store is in the folder `root`, which may have lost the others. Blocks.
+
+    Raises:
+        OSError: `root` is missing, is no folder, or cannot be examined.
+    """
+    root.stat()
+    for folder in (*store_folders(root), pulls_folder(root)):
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(folder.stat().st_mode):
+                return True
+    return False
 
 
 def pulls_folders(root: Path) -> list[Path]:

@@ -69,6 +69,8 @@ class Damaged:
     wanted: bool | None = None
     """For a record: whether the layers of the image are wanted, if that can still be read from it."""
     outcome: DamagedOutcome = DamagedOutcome.QUARANTINED
+    place: Path | None = None
+    """Where the file was moved to, if it is in quarantine."""
 
     @property
     def is_blob(self) -> bool:
@@ -226,14 +228,14 @@ class Verifier:
     def _quarantine(self, damaged: Damaged) -> Damaged:
         """Quarantine the file, and return what is known of it then. One that cannot be moved does not end all."""
         try:
-            quarantined = self._pulls.quarantine(damaged.path)
+            place = self._pulls.quarantine(damaged.path)
             self._files.sync_folder(damaged.path.parent)
         except OSError as error:
             if not os.path.lexists(damaged.path):
                 return damaged
             why = f"{damaged.why}; it cannot be moved: {reason(error)}"
             return replace(damaged, why=why, outcome=DamagedOutcome.IN_PLACE)
-        return damaged if quarantined else replace(damaged, outcome=DamagedOutcome.REMOVED)
+        return replace(damaged, place=place) if place else replace(damaged, outcome=DamagedOutcome.REMOVED)
 
 
 class _Checked:

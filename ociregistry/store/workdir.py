@@ -294,23 +294,24 @@ class PullsFolder:
         path.mkdir(exist_ok=True)
         return path
 
-    def quarantine(self, path: Path) -> bool:
+    def quarantine(self, path: Path) -> Path | None:
         """Quarantine what is damaged at `path` in bad/, or remove it where there is no space for that. Blocks.
 
         Returns:
-            Whether it is in bad/ now.
+            Where in bad/ it is now, or None if it was removed.
 
         Raises:
             OSError: it can be neither moved nor removed.
         """
         try:
-            self._files.rename(path, _place_for(path, self.bad))
+            place = _place_for(path, self.bad)
+            self._files.rename(path, place)
         except OSError as error:
             if not is_full(error):
                 raise
             self._files.unlink(path)
-            return False
-        return True
+            return None
+        return place
 
     def close(self) -> None:
         """Release the folder, so that another process can take it."""

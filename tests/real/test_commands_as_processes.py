@@ -99,8 +99,8 @@ def unwritable_folder(public_folder: Path) -> Path:
 
 def words(shell: Shell, command: str) -> list[str]:
     """Split the command into words, with the paths of its files."""
-    files = {"LIST": str(shell.folder / "list"), "TAR": str(shell.folder / "out" / "images.tar")}
-    return [files.get(word, word) for word in command.split()]
+    files = {"LIST": "list", "TAR": "out/images.tar", "OTHER": "other"}
+    return [str(shell.folder / files[word]) if word in files else word for word in command.split()]
 
 
 def out_for(shell: Shell, user: int) -> None:
@@ -277,6 +277,12 @@ ENDINGS = [
     ("--prune team/ --dry-run", 0),
     ("--image-path nowhere prune --pattern x", 1),
     ("--image-path nowhere verify", 1),
+    ("--image-path OTHER list", 1),
+    ("--image-path OTHER prune --orphans", 1),
+    ("--image-path OTHER prune --orphans --dry-run", 1),
+    ("--image-path OTHER verify", 1),
+    ("--image-path OTHER export --pattern . -o TAR", 1),
+    ("--image-path OTHER status", 2),
     ("verify", 0),
     ("verify more", 2),
     ("export --pattern team/", 2),
@@ -292,6 +298,8 @@ def test_exit_status(shell: Shell, registry: ScriptedRegistry, tmp_path: Path, c
     """0, 1 when something failed, 2 for invalid usage; an error has a line that says why."""
     for name, text in (("GONE", f"{registry.host}/team/other:v1\n"), ("WRONG", "UPPER/case\n")):
         (tmp_path / name).write_text(text)
+    # Not a store.
+    (shell.folder / "other").mkdir()
     before = files_in(shell.store)
     done = run_process(shell.argv(*words(shell, command), options=()), tmp_path)
     if status == 0:
@@ -301,3 +309,19 @@ def test_exit_status(shell: Shell, registry: ScriptedRegistry, tmp_path: Path, c
     if command not in ("load GONE", "verify"):
         assert files_in(shell.store) == before
     assert not (tmp_path / "nowhere").exists()
+    assert files_in(shell.folder / "other") == {}
+
+
+def test_verify_tells_where_damaged_blobs_are_and_how_they_come_back(shell: Shell) -> None:
+    layer = INDEX.images[0].layers[0]
+    blob = shell.store / "blobs" / layer.digest.partition(":")[2]
+    blob.write_bytes(b"damaged")
+    done = shell.run("verify")
+    damaged, lacked, _ = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (1, "")
+    assert damaged.startswith(f"damaged: {blob}: its 7 bytes do not have the digest {layer.digest}; moved to ")
+    kept = Path(damaged.partition("; moved to ")[2])
+    assert (kept / blob.name).read_bytes() == b"damaged"
+    assert lacked.endswith(f", missing: {len(layer.data)} bytes; verify --repair fetches them")
+    assert "completed: " in succeeded(shell.run("verify", "--repair"))
+    assert blob.read_bytes() == layer.data

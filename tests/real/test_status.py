@@ -255,7 +255,8 @@ def test_another_user_is_told_as_whom_to_run() -> None:
 
 def test_store_that_does_not_exist(tmp_path: Path) -> None:
     done = run_process(twistd("--image-path", str(tmp_path / "none"), "status"), tmp_path)
-    assert_one_line(done, 2, f"no daemon runs, and there is no store at {tmp_path / 'none'}")
+    why = f"there is no store at {tmp_path / 'none'} (--image-path names another)"
+    assert_one_line(done, 2, f"no daemon runs, and {why}")
 
 
 def test_watch_on_a_terminal(watch: Callable[..., Watched], tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,8 @@ from ociregistry.commands.list import List
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions, print_lines
 from ociregistry.process import print_error
 from ociregistry.settings import OPTIONS
-from tests.unit.support.command_lines import CommandResult, run
+from ociregistry.tap import Options
+from tests.unit.support.command_lines import CommandResult, file_contents, run
 
 ROOT = Path(__file__).resolve().parents[2]
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -231,6 +233,53 @@ def test_command_failure_is_one_line(
 
     monkeypatch.setattr(List, "run", fail)
     assert run(capfd, "--image-path", "/srv", "list") == expected
+
+
+ON_A_STORE = {
+    "list": "list",
+    "prune": "prune --pattern x",
+    "verify": "verify",
+    "export": "export --pattern . -o images.tar",
+    "status": "status",
+}
+"""Commands that use a store and do not fill it."""
+_OTHERS = {"serve", "load", "images", "check", "version", "containerd-config"}
+WITHOUT_STORE = [*ON_A_STORE.values(), "prune --orphans", "prune --orphans --dry-run", "verify --repair"]
+
+
+def test_each_command_that_uses_a_store_is_known_here() -> None:
+    commands: Sequence[Any] = Options.subCommands
+    assert {command[0] for command in commands} == ON_A_STORE.keys() | _OTHERS
+
+
+@pytest.mark.parametrize("command", WITHOUT_STORE)
+def test_folder_without_a_store_is_one_line_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "notes").touch()
+    before = file_contents(tmp_path)
+    status, line = 1, f"cannot use the store {folder}: there is none in this folder"
+    if command == "status":
+        status, line = 2, f"no daemon runs, and there is no store at {folder}"
+    result = run(capfd, "--image-path", folder, *command.split())
+    assert result == CommandResult(status, "", f"ociregistry: {line} (--image-path names another)\n")
+    assert file_contents(tmp_path) == before
+
+
+def test_file_with_the_name_of_a_folder_is_no_store(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "img").touch()
+    result = run(capfd, "--image-path", tmp_path, "list")
+    assert result.status == 1
+    assert "there is none in this folder" in result.err
+
+
+@pytest.mark.parametrize("kept", ["blobs", "fat", "img", "pulls"])
+def test_store_that_lost_folders_is_one(tmp_path: Path, capfd: pytest.CaptureFixture[str], kept: str) -> None:
+    (tmp_path / kept).mkdir()
+    assert run(capfd, "--image-path", tmp_path, "list") == CommandResult(0, "", "")
 
 
 @pytest.mark.parametrize("status", [0, 1])

@@ -259,7 +259,8 @@ def test_missing_store_is_one_line_and_not_created(tmp_path: Path, capfd: pytest
     for options in (["--pattern", "x"], ["--orphans"], ["--pattern", "x", "--dry-run"]):
         result = run(capfd, "--image-path", tmp_path / "none", "prune", *options)
         assert (result.status, result.out) == (1, "")
-        assert result.err == f"ociregistry: cannot use the store {tmp_path}/none: No such file or directory\n"
+        why = "No such file or directory (--image-path names another)"
+        assert result.err == f"ociregistry: cannot use the store {tmp_path}/none: {why}\n"
     assert os.listdir(tmp_path) == []
 
 

@@ -90,7 +90,20 @@ def test_unreadable_record_is_a_warning(store_dir: StoreDir, ask: Ask) -> None:
 def test_store_that_does_not_exist(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = run(capfd, "--image-path", root / "none", "status")
     assert (result.status, result.out) == (2, "")
-    assert result.err == f"ociregistry: no daemon runs, and there is no store at {root / 'none'}\n"
+    assert (
+        result.err
+        == f"ociregistry: no daemon runs, and there is no store at {root / 'none'} (--image-path names another)\n"
+    )
+
+
+def test_store_that_is_emptied_between_two_looks_is_still_watched(store_dir: StoreDir) -> None:
+    """The daemon makes its folders again."""
+    watched = facts.Facts(store_dir.root)
+    for _ in range(2):
+        assert watched.read()["store"]["images"] == 0
+        for folder in store_dir.root.iterdir():
+            folder.rmdir()
+    assert list(store_dir.root.iterdir()) == []
 
 
 def test_words_are_refused(capfd: pytest.CaptureFixture[str]) -> None:

@@ -111,16 +111,23 @@ async def test_missing_blob_fails_until_repaired(
     store_dir: StoreDir, verify: VerifyCommand, lose: Callable[[StoreDir, bytes], None], blob: Blob
 ) -> None:
     lose(store_dir, blob.data)
+    lacked = f"not complete: 1 image, missing: {len(blob.data)} bytes"
     # The first run quarantines a damaged blob.
     for damaged in ("1 damaged" if lose is spoil else "0 damaged", "0 damaged"):
         whole, lines = await verify()
         assert not whole
-        assert lines[-2] == f"not complete: 1 image, missing: {len(blob.data)} bytes"
+        assert lines[-2] == f"{lacked}; verify --repair fetches them"
+        if lose is spoil and damaged == "1 damaged":
+            (kept,) = store_dir.root.glob("pulls/*/bad")
+            assert lines[0].startswith(f"damaged: {store_dir.blob(blob.data)}: its {len(blob.data)} bytes do not ")
+            assert lines[0].endswith(f"; moved to {kept}")
+            assert (kept / store_dir.blob(blob.data).name).exists()
         assert lines[-1].endswith(damaged)
         assert verify.asked == []
     image = ARM64 if blob is CONFIG else AMD64
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked) == (True, asked(blob))
+    assert lacked in lines
     assert lines[-1] == f"completed: the image {image.manifest.digest} lacked 1 blob, {len(blob.data)} bytes"
     assert store_dir.blob(blob.data).read_bytes() == blob.data
     whole, lines = await verify(repair=True)
