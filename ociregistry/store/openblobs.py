@@ -73,7 +73,10 @@ class _Files(LRUCache[Digest, _OpenBlob]):
 
     def __delitem__(self, digest: Digest) -> None:
         super().__delitem__(digest)
-        self.all.pop(digest).file.release(self._close)
+        file = self.all.pop(digest).file
+        # Slow clients of many small blobs would hold all their bytes: what is left is sent from the file.
+        file.content = b""
+        file.release(self._close)
 
 
 class OpenBlobs:
@@ -109,7 +112,7 @@ class OpenBlobs:
     def add(self, digest: Digest, path: Path, file: SharedFile, identity: Identity, forgotten: int) -> None:
         """Keep the `file` at `path` open; `forgotten` is what `self.forgotten` was before it was opened.
 
-        If another program removed it meanwhile, the next look finds that.
+        If another program removed it meanwhile, the next look finds that. A file that is not kept is not in memory.
         """
         if self._loop.running and forgotten == self.forgotten and not descriptors_are_scarce():
             self._drop([digest])
@@ -117,6 +120,8 @@ class OpenBlobs:
             if kept.cost <= self._files.maxsize:
                 file.lease()
                 self._files[digest] = kept
+                return
+        file.content = b""
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Close the files of these blobs, which were removed or replaced, if they are open."""

@@ -144,18 +144,39 @@ async def test_small_blob_is_in_memory(store: Store, root: Path, monkeypatch: py
 
 @on_reactor
 async def test_small_blobs_in_memory_are_bounded(store: Store, root: Path) -> None:
-    """Each counts as several files."""
+    """Each counts as several files. Readers do not hold the bytes of others: they read what is left from the file."""
     contents = [number.to_bytes(2) * 32 * 1024 for number in range(300)]
     digests = [Digest.of(content) for content in contents]
     await store.keep(image_of(CONFIG, *contents), APP)
+    reading = []
     for digest, content in zip(digests, contents, strict=True):
         path_of(root, digest).write_bytes(content)
         blob = await store.blob(digest)
         assert blob is not None
-        blob.close()
+        assert blob.data == content
+        reading.append(blob)
     kept = [digest for digest in digests if is_kept(store, digest)]
     assert kept == digests[-len(kept) :]
     assert 200 < len(kept) < 256
+    assert [bool(blob.data) for blob in reading] == [digest in kept for digest in digests]
+    for blob, content in zip(reading, contents, strict=True):
+        assert await blob.read(1, len(content)) == content[1:]
+        blob.close()
+
+
+@on_reactor
+async def test_small_blob_that_is_not_kept_is_not_in_memory(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would bound how many there are."""
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(LAYER)
+    monkeypatch.setattr(openblobs, "descriptors_are_scarce", lambda: True)
+    blob = await store.blob(DIGEST)
+    assert blob is not None
+    assert blob.data == b""
+    assert await blob.read(3, 7) == LAYER[3:10]
+    blob.close()
 
 
 @on_reactor
