@@ -53,7 +53,11 @@ def is_resident(descriptor: int, offset: int, count: int) -> bool:
     """
     if not _tells(descriptor):
         return False
-    size = os.fstat(descriptor).st_size
+    status = os.fstat(descriptor)
+    if os.geteuid() not in (0, status.st_uid):
+        # It was given to another user after it was opened.
+        return False
+    size = status.st_size
     stop = min(offset + count, size)
     # Where the reading of a file has ended or waits, what follows is missing: one page tells.
     return offset < stop and _in_core(descriptor, offset, stop, min(stop + _READ_AHEAD, size) - 1)

@@ -103,6 +103,13 @@ def test_file_of_another_user(file: SharedFile) -> None:
     assert not is_resident(file.fileno(), 0, SIZE)
 
 
+def test_file_that_was_given_to_another_user(file: SharedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was opened by its owner, who would be told now that all of it is in memory."""
+    other = os.fstat(file.fileno()).st_uid + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    assert not is_resident(file.fileno(), 0, SIZE)
+
+
 def test_end_of_the_file(file: SharedFile) -> None:
     """What is behind it is not in memory: a thread finds out."""
     assert not is_resident(file.fileno(), SIZE, 1)
