@@ -177,18 +177,27 @@ def fuse_disk(path: Path, *options: str) -> Iterator[Fuse]:
             wait_until(lambda: path.is_mount() or process.poll() is not None, _PATIENCE, "it is mounted")
             yield disk
         finally:
-            run(["umount", str(path)])
+            # Where a loop device was on it, that may let go of it a moment after its own file system was unmounted.
+            wait_until(lambda: run(["umount", str(path)], check=False).returncode == 0, _PATIENCE, "it is unmounted")
             process.wait(_PATIENCE)
 
 
 @contextmanager
 def hanging_ext4(path: Path, size: int) -> Iterator[Fuse]:
-    """Mount an ext4 of `size` bytes at `path` until the block ends; its disk is a file of the FUSE that is yielded.
+    """Mount an ext4 of `size` bytes at `path` until the block ends; its disk is `image` on the FUSE that is yielded.
 
-    While that is stopped, the disk hangs, but what the kernel has in memory can be read.
+    While that is stopped, the disk hangs, but what the kernel has in memory can be read: of the files on the ext4,
+    and of `image`.
     """
     with fuse_disk(path.with_name(f"{path.name}-disk")) as disk, ext4_disk(path, size, 10_000, disk.path / "image"):
         yield disk
+
+
+def drop(path: Path) -> None:
+    """Drop a file from memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import mmap
 import os
 import select
 import time
+from collections.abc import Sequence
 
 from ociregistry.store.files import SharedFile, send_written
 from ociregistry.store.sockets import send_file
@@ -23,8 +24,8 @@ _FAST = 64 * 1024
 _WAIT = 2
 """Milliseconds of such a wait, at most."""
 
-_READ_AHEAD = 16 * 1024 * 1024
-"""Bytes behind those that are read which the kernel may read as well: more than it is usually told to read ahead."""
+_READ_AHEAD = tuple(64 * 1024 * 4**step for step in range(5))
+"""Bytes behind those that are read, up to 16 MiB, which the kernel may read as well: it is usually told less."""
 _BEHIND = 1 << 62
 """An offset behind the end of every file."""
 _PAGE = mmap.PAGESIZE
@@ -59,8 +60,14 @@ def is_resident(descriptor: int, offset: int, count: int) -> bool:
         return False
     size = status.st_size
     stop = min(offset + count, size)
-    # Where the reading of a file has ended or waits, what follows is missing: one page tells.
-    return offset < stop and _in_core(descriptor, offset, stop, min(stop + _READ_AHEAD, size) - 1)
+    # Where the reading of a file has ended or waits, much of what follows is missing: a few pages tell.
+    ahead = {_page_of(min(stop + distance, size) - 1) for distance in _READ_AHEAD}
+    return offset < stop and _in_core(descriptor, _page_of(offset), stop, [page for page in ahead if page >= stop])
+
+
+def _page_of(offset: int) -> int:
+    """Return the offset at which the page of a byte begins."""
+    return offset - offset % _PAGE
 
 
 def _tells(descriptor: int) -> bool:
@@ -79,16 +86,14 @@ def _tells(descriptor: int) -> bool:
     return True
 
 
-def _in_core(descriptor: int, start: int, stop: int, sample: int) -> bool:
-    """Ask the kernel about the pages from byte `start` up to, not including, `stop`, and about that of `sample`."""
-    start -= start % _PAGE
-    length = sample + 1 - start
+def _in_core(descriptor: int, start: int, stop: int, more: Sequence[int]) -> bool:
+    """Ask the kernel about the pages from that at `start` to that before `stop`, and about those at `more`."""
+    length = max([stop, *(page + 1 for page in more)]) - start
     address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, start)
     if address == _FAILED:
         return False
     try:
-        sampled = sample - sample % _PAGE
-        return _all_in_core(address, stop - start) and (sampled < stop or _all_in_core(address + sampled - start, 1))
+        return _all_in_core(address, stop - start) and all(_all_in_core(address + page - start, 1) for page in more)
     finally:
         _munmap(address, length)
 

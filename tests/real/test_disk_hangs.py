@@ -15,7 +15,7 @@ import pytest
 
 from ociregistry.store.threads import READ_WITHIN
 from tests.client import fetch
-from tests.disk_faults import Trace, faults, fuse_disk, hanging_ext4, kept_in_memory
+from tests.disk_faults import Trace, drop, faults, fuse_disk, hanging_ext4, kept_in_memory
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
 from tests.real.caches import SOON, Cache, blob_file, cache_in, daemon_in, plain_image
@@ -157,6 +157,7 @@ def test_sigterm_while_the_disk_hangs(cache: Cache, hang: Hang, calls: str) -> N
 
 AT_ONCE = 2.0
 """Seconds within which a hit is answered that needs no disk, on a busy machine."""
+ALL = slice(None)
 QUEUE = 128
 """Requests that a disk on a loop device holds."""
 HUNG_FOR = 75.0
@@ -175,21 +176,15 @@ def assert_refused_in_time(cache: Cache, image: Image, meanwhile: Callable[[], N
     assert time.monotonic() - began < ANSWERED
 
 
-def drop(path: Path) -> None:
-    """Drop a file from memory."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def is_whole(cache: Cache, image: Image) -> bool:
-    """Ask for its layer; tell whether it came, rather than 503 or a part of it."""
+def is_whole(cache: Cache, image: Image, part: slice = ALL) -> bool:
+    """Ask for its layer, or a part of it; tell whether that came, rather than 503 or less."""
+    headers = None if part is ALL else {"Range": f"bytes={part.start}-{part.stop - 1}"}
     try:
-        answer = cache.ask(blob_of(image))
+        answer = cache.ask(blob_of(image), headers=headers)
     except IncompleteRead:
         return False
-    assert answer.status in (200, 503)
-    return answer.body == image.layers[0].data
+    assert answer.status in (200, 206, 503)
+    return answer.body == image.layers[0].data[part]
 
 
 def test_disk_that_is_gone_for_long(tmp_path: Path) -> None:
@@ -224,7 +219,8 @@ def test_disk_that_is_gone_for_long(tmp_path: Path) -> None:
         assert_served(cache, hot, "hot")
 
 
-def test_more_reads_than_the_queue_of_the_disk_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [ALL, slice(4096, 8192)], ids=["all is read", "more is read ahead"])
+def test_more_reads_than_the_queue_of_the_disk_takes(tmp_path: Path, part: slice) -> None:
     """Hits are served meanwhile; once the disk goes on, so is everything else."""
     with (
         hanging_ext4(tmp_path / "disk", 128 * MIB) as disk,
@@ -238,15 +234,18 @@ def test_more_reads_than_the_queue_of_the_disk_takes(tmp_path: Path) -> None:
         assert_served(cache, hot, "hot")
         for cold in colds:
             drop(blob_file(daemon, cold.layers[0].digest))
+            if part is not ALL:
+                # As clients that pull layers lazily: the end, then the begin, which has the kernel read the part too.
+                assert is_whole(cache, cold, slice(MIB // 8 - 10, MIB // 8))
+                assert is_whole(cache, cold, slice(0, 10))
         with ThreadPoolExecutor(len(colds)) as clients:
+            drop(disk.path / "image")
             with kept_in_memory(blob_file(daemon, hot.layers[0].digest)), disk.stopped():
-                # The process behind the disk has told its attributes for a second.
-                time.sleep(1)
-                asked = [clients.submit(is_whole, cache, cold) for cold in colds]
+                asked = [clients.submit(is_whole, cache, cold, part) for cold in colds]
                 began = time.monotonic()
                 while time.monotonic() - began < READ_WITHIN / 2:
                     assert_served(cache, hot, "hot", AT_ONCE)
-                assert sum(not answer.done() for answer in asked) > QUEUE
+                assert part is not ALL or sum(not answer.done() for answer in asked) > QUEUE
             assert all(answer.result() for answer in asked)
 
 

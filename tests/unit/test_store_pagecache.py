@@ -52,7 +52,7 @@ def drop(file: SharedFile, offset: int, count: int) -> None:
 
 def pages(file: SharedFile) -> list[bool]:
     """Tell of each page whether it is in memory."""
-    return [pagecache._in_core(file.fileno(), at, at + PAGE, at) for at in range(0, SIZE, PAGE)]
+    return [pagecache._in_core(file.fileno(), at, at + PAGE, ()) for at in range(0, SIZE, PAGE)]
 
 
 def test_resident(file: SharedFile) -> None:
@@ -91,6 +91,18 @@ def test_what_is_resident_is_read_without_reading_ahead(file: SharedFile) -> Non
     """The kernel marks a page where a read begins to read more: here, a few pages behind the first."""
     drop(file, 0, SIZE)
     os.pread(file.fileno(), PAGE, 0)
+    for at in range(0, SIZE, PAGE):
+        before = pages(file)
+        if read_resident(file.fileno(), at, PAGE):
+            assert pages(file) == before
+
+
+def test_the_same_where_the_end_was_read_before(file: SharedFile) -> None:
+    """Clients that pull layers lazily read their end first."""
+    drop(file, 0, SIZE)
+    os.pread(file.fileno(), 10, SIZE - 10)
+    os.pread(file.fileno(), PAGE, 0)
+    assert is_resident(file.fileno(), SIZE - 10, 10)
     for at in range(0, SIZE, PAGE):
         before = pages(file)
         if read_resident(file.fileno(), at, PAGE):
