@@ -20,8 +20,8 @@ from ociregistry.store.threads import Threads
 
 _MOST = 2048
 """Files that are kept open, if the process may open four times as many. Each look at all of them takes 4 ms."""
-_IN_MEMORY = 8 * 1024
-"""Bytes in memory that count as one more file."""
+_MOST_IN_MEMORY = 16 * 1024 * 1024
+"""Bytes of small blobs that are in memory: a further one is read from its file, which is kept open all the same."""
 _AT_ONCE = 256
 """Files that are looked at in one read: a look at all may take longer than a read of a disk that hangs."""
 _LOOK_EVERY = 1.0
@@ -52,28 +52,29 @@ class _OpenBlob:
     file: SharedFile
     identity: Identity
 
-    @property
-    def cost(self) -> int:
-        """As how many files without bytes in memory it counts."""
-        return 1 + len(self.file.content) // _IN_MEMORY
-
 
 class _Files(LRUCache[Digest, _OpenBlob]):
     """The open files; one that is dropped is closed when its last reader has ended."""
 
     def __init__(self, most: int, close: Callable[[int], object]) -> None:
-        super().__init__(most, getsizeof=lambda kept: kept.cost)
+        super().__init__(most)
         self._close = close
+        self._in_memory = 0
+        """The bytes of all that are in memory."""
         self.all: dict[Digest, _OpenBlob] = {}
         """The same files; looking at them here does not count as using them."""
 
     def __setitem__(self, digest: Digest, kept: _OpenBlob) -> None:
         super().__setitem__(digest, kept)
         self.all[digest] = kept
+        if self._in_memory + len(kept.file.content) > _MOST_IN_MEMORY:
+            kept.file.content = b""
+        self._in_memory += len(kept.file.content)
 
     def __delitem__(self, digest: Digest) -> None:
         super().__delitem__(digest)
         file = self.all.pop(digest).file
+        self._in_memory -= len(file.content)
         # Slow clients of many small blobs would hold all their bytes: what is left is sent from the file.
         file.content = b""
         file.release(self._close)
@@ -116,12 +117,9 @@ class OpenBlobs:
         """
         if self._loop.running and forgotten == self.forgotten and not descriptors_are_scarce():
             self._drop([digest])
-            kept = _OpenBlob(digest, path, file, identity)
-            if kept.cost <= self._files.maxsize:
-                file.lease()
-                self._files[digest] = kept
-                return
-        file.content = b""
+            self._files[digest] = _OpenBlob(digest, path, file.lease(), identity)
+        else:
+            file.content = b""
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Close the files of these blobs, which were removed or replaced, if they are open."""
