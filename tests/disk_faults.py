@@ -224,16 +224,21 @@ class Trace:
     @property
     def calls(self) -> list[str]:
         """The calls that have ended, each in one line, without the thread."""
+        return [call for _, call in self._ended()]
+
+    def calls_of(self, thread: int) -> list[str]:
+        """Return the calls of one thread, by the kernel's number: that of the process, for its first thread."""
+        return [call for number, call in self._ended() if number == thread]
+
+    def _ended(self) -> Iterator[tuple[int, str]]:
         begun: dict[str, str] = {}
-        found = []
         for line in self.text.splitlines():
             thread, _, call = line.partition(" ")
             if call.endswith(_UNFINISHED):
                 begun[thread] = call.removesuffix(_UNFINISHED)
             else:
                 _, resumed, rest = call.partition(" resumed>")
-                found.append((begun.pop(thread) + rest if resumed else call).strip())
-        return found
+                yield int(thread), (begun.pop(thread) + rest if resumed else call).strip()
 
     @property
     def injected(self) -> int:

@@ -9,7 +9,6 @@ it is written. `pullthrough/download.py` decides at the end of a download, also 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -454,13 +453,9 @@ class Partial:
     def close(self) -> None:
         """End writing; readers may go on, and another process may resume the partial."""
         self._tail.clear()
+        # The lock first: this process may resume the partial, and then waits until a thread has closed it.
+        self._held.release(self._threads.close)
         self._file.release(self._threads.close)
-        self._held.release(self._unlock_and_close)
-
-    def _unlock_and_close(self, descriptor: int) -> None:
-        # This process may resume it before a thread has closed it.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        self._threads.close(descriptor)
 
     def _in_turn(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function` in a thread after those that were given earlier have ended, also the cancelled ones.
