@@ -274,7 +274,7 @@ class Importer:
                 why = "blobs of it were pruned while it was loaded, and the archive does not have them"
                 return [LoadResult(load.name, LoadStatus.FAILED, why) for load in loads]
         foreign = {digest: size for one in loads[0].manifests for digest, size in one.foreign_layers.items()}
-        missing = await self._store.lacking_foreign(foreign)
+        missing = await self._store.missing_foreign_layers(foreign)
         return [self._kept(load, missing) for load in loads]
 
     def _kept(self, load: _Load, missing_foreign: Mapping[Digest, int]) -> LoadResult:
@@ -301,11 +301,11 @@ class Importer:
         wanted = None if manifest.is_list else True
         (image, dates), *others = names
         while not await self._store.keep(manifest, image, dates, also=others, wanted=wanted, whole=True):
-            lacking = await self._store.lacking(manifest)
-            if not lacking.keys() <= blobs.keys():
+            missing = await self._store.missing_blobs(manifest)
+            if not missing.keys() <= blobs.keys():
                 return False
             async with _staging() as staged:
-                for digest, size in lacking.items():
+                for digest, size in missing.items():
                     await self._stage(digest, size, blobs[digest], image, staged)
                 while staged:
                     await self._store.commit(staged[-1])
@@ -342,18 +342,18 @@ def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: 
     """
     if all(manifest.is_list for manifest in manifests):
         return "the archive has none of the images that it lists"
-    lacking = []
+    absent = []
     for blob in missing:
         member = blobs.get(blob.digest)
         if member is None:
-            lacking.append(blob)
+            absent.append(blob)
         elif member.size != blob.size:
             raise member.invalid(f"it has {member.size} bytes, not {blob.size} as its manifest says")
-    if not lacking:
+    if not absent:
         return ""
-    size = count_text(sum(blob.size for blob in lacking), "byte")
+    size = count_text(sum(blob.size for blob in absent), "byte")
     return (
-        f"neither in the archive nor in the store: {count_text(len(lacking), 'blob')}, {size}; "
+        f"neither in the archive nor in the store: {count_text(len(absent), 'blob')}, {size}; "
         "if it was made with --since, load the earlier export first"
     )
 

@@ -107,7 +107,7 @@ def _progress() -> Iterator[Advance]:
 
 def _report(findings: Findings, missing: Mapping[Digest, Mapping[Digest, int]], *, repairs: bool) -> Iterator[str]:
     if missing:
-        size = sum(sum(lacking.values()) for lacking in missing.values())
+        size = sum(sum(blobs.values()) for blobs in missing.values())
         fetched = "" if repairs else "; verify --repair fetches them"
         yield f"not complete: {count_text(len(missing), 'image')}, missing: {count_text(size, 'byte')}{fetched}"
     yield (

@@ -185,7 +185,7 @@ class Completion(Service):
 
     async def _check(self, digests: Set[Digest]) -> None:
         try:
-            lacking = await self._store.lacking_images(digests)
+            missing = await self._store.missing_of_images(digests)
         except OSError as error:
             _log.error("cannot check what {image} lacks: {why}", image="the store", why=error.strerror)
             return
@@ -193,7 +193,7 @@ class Completion(Service):
             entry = self._store.entry(digest)
             if entry is not None and entry.is_list:
                 await self._check_index(digest)
-            elif entry is None or not lacking.get(digest):
+            elif entry is None or not missing.get(digest):
                 if entry is None and digest in self._store.pending:
                     await self.drop(digest)
                 self._note_complete(digest)
@@ -201,7 +201,7 @@ class Completion(Service):
                     # It may be an index that was removed while its metadata was being fetched.
                     self._metadata.forget(digest)
             else:
-                await self._note_incomplete(digest, lacking[digest])
+                await self._note_incomplete(digest, missing[digest])
 
     def _note_complete(self, digest: Digest) -> None:
         """Note that an image lacks nothing, or is not wanted."""
@@ -344,7 +344,7 @@ class Completion(Service):
         entry = self._store.entry(digest)
         if entry is None or not entry.foreign_layers or digest in self._foreign_refused:
             return False
-        return bool(await self._store.lacking_foreign(entry.foreign_layers))
+        return bool(await self._store.missing_foreign_layers(entry.foreign_layers))
 
     async def _request(self, digest: Digest, repository: Repository) -> None:
         try:

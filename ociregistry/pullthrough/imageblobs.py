@@ -90,7 +90,7 @@ class ImageBlobs:
         """
         entry = self._store.entry(self._digest)
         self.missing = dict(await self._store.missing(self._digest) or {})
-        self.missing_foreign = dict(await self._store.lacking_foreign(entry.foreign_layers)) if entry else {}
+        self.missing_foreign = dict(await self._store.missing_foreign_layers(entry.foreign_layers)) if entry else {}
 
     async def take_turn(self, brought: Callable[[Digest], object]) -> bool:
         """Request some of what is missing: the smallest blobs first, foreign layers last.

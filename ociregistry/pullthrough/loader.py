@@ -278,12 +278,12 @@ class Loader:
         return found.manifest
 
     async def _load_blobs(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
-        lacking = await self._store.lacking(manifest)
-        self._progress.expect(state.name, sum(lacking.values()))
+        missing = await self._store.missing_blobs(manifest)
+        self._progress.expect(state.name, sum(missing.values()))
         refusals = Refusals()
         fetching = [
             Deferred.fromCoroutine(self._load_blob(repository, digest, size, state, refusals))
-            for digest, size in lacking.items()
+            for digest, size in missing.items()
         ]
         # Wait for all of them, also when one fails: a blob that was begun is completed.
         await DeferredList(fetching[::-1], consumeErrors=True).addCallback(_raise_first_failure)
@@ -295,7 +295,7 @@ class Loader:
     async def _load_foreign_layers(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
         """Fetch the layers that clients may fetch from other URLs, as far as the registry has them."""
         refusals = Refusals()
-        missing = dict(await self._store.lacking_foreign(manifest.foreign_layers))
+        missing = dict(await self._store.missing_foreign_layers(manifest.foreign_layers))
         for digest, size in list(missing.items()):
             try:
                 if await self._load_blob(repository, digest, size, state, refusals):

@@ -97,7 +97,7 @@ class Metadata:
             candidates = []
         known = (child.digest for child in candidates)
         digests = [digest for digest in known if ImageReference(repository, digest) not in self._unknown]
-        missing = await self._store.lacking_metadata(dict.fromkeys(digests))
+        missing = await self._store.missing_metadata(dict.fromkeys(digests))
         self.forget(index)
         if missing:
             self._queues.setdefault(repository.upstream, deque()).append(_Index(index, repository, deque(missing)))

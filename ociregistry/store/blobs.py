@@ -302,15 +302,15 @@ class Blobs:
         if opened is not None:
             opened[0].release(self._threads.close)
 
-    async def lacking(self, blobs: Mapping[Digest, int]) -> Mapping[Digest, int]:
+    async def missing(self, blobs: Mapping[Digest, int]) -> Mapping[Digest, int]:
         """Return those of `blobs` that are missing, with their sizes in bytes."""
         return await self._threads.read(missing_blobs, self._folder, blobs) if blobs else {}
 
-    async def lacking_each(
+    async def missing_each(
         self, images: Mapping[Digest, Mapping[Digest, int]]
     ) -> Mapping[Digest, Mapping[Digest, int]]:
         """Return the images that lack blobs, with these and their sizes in bytes, given all blobs of each."""
-        return await self._threads.read(_lacking_each, self._folder, images)
+        return await self._threads.read(_missing_each, self._folder, images)
 
     async def holds(self, digest: Digest, size: int) -> bool:
         """Tell whether a blob is in the store with this size in bytes."""
@@ -346,7 +346,7 @@ def _make_way(path: Path, quarantine: Callable[[Path], object], *, known_bad: bo
             quarantine(path)
 
 
-def _lacking_each(
+def _missing_each(
     folder: Path, images: Mapping[Digest, Mapping[Digest, int]]
 ) -> Mapping[Digest, Mapping[Digest, int]]:
     found = {digest: missing_blobs(folder, blobs) for digest, blobs in images.items()}

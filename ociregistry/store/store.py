@@ -299,13 +299,13 @@ class Store(Lookups, Service):
         """Return a whole blob for reading at once, or None if it is not open already."""
         return self._blobs.opened(digest)
 
-    async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
+    async def missing_blobs(self, manifest: Manifest) -> Mapping[Digest, int]:
         """Return the missing required blobs of `manifest`, which needs no record, with their sizes in bytes."""
-        return await self._blobs.lacking(manifest.required)
+        return await self._blobs.missing(manifest.required)
 
-    async def lacking_foreign(self, foreign_layers: Mapping[Digest, int]) -> Mapping[Digest, int]:
+    async def missing_foreign_layers(self, foreign_layers: Mapping[Digest, int]) -> Mapping[Digest, int]:
         """Return those of the foreign layers of an image that are missing, with their sizes in bytes."""
-        return await self._blobs.lacking(foreign_layers)
+        return await self._blobs.missing(foreign_layers)
 
     async def holds(self, digest: Digest, size: int) -> bool:
         """Tell whether a blob is in the store with this size in bytes."""
@@ -348,9 +348,9 @@ class Store(Lookups, Service):
         entry = self._index.get(manifest)
         if entry is None:
             return None
-        return await self._blobs.lacking(entry.required)
+        return await self._blobs.missing(entry.required)
 
-    async def lacking_images(self, digests: Collection[Digest]) -> Mapping[Digest, Mapping[Digest, int]]:
+    async def missing_of_images(self, digests: Collection[Digest]) -> Mapping[Digest, Mapping[Digest, int]]:
         """Return the wanted images among `digests` that lack required blobs, each with the sizes of these in bytes.
 
         Raises:
@@ -358,9 +358,9 @@ class Store(Lookups, Service):
         """
         entries = ((digest, self._index.get(digest)) for digest in digests)
         images = {digest: entry.required for digest, entry in entries if entry is not None and entry.wanted}
-        return await self._blobs.lacking_each(images)
+        return await self._blobs.missing_each(images)
 
-    async def lacking_metadata(self, digests: Collection[Digest]) -> list[Digest]:
+    async def missing_metadata(self, digests: Collection[Digest]) -> list[Digest]:
         """Return those of the manifests `digests` that have no record, or whose config is missing.
 
         Configs larger than `LARGEST_CONFIG` bytes are not metadata and do not count.
@@ -374,8 +374,8 @@ class Store(Lookups, Service):
             for digest, entry in entries.items()
             if entry is not None and entry.config is not None and entry.config.size <= LARGEST_CONFIG
         }
-        lacking = await self._blobs.lacking_each(configs)
-        return [digest for digest, entry in entries.items() if entry is None or digest in lacking]
+        missing = await self._blobs.missing_each(configs)
+        return [digest for digest, entry in entries.items() if entry is None or digest in missing]
 
     # Maintenance
 

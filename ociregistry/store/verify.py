@@ -133,11 +133,11 @@ class Verifier:
             await self._verify_blob(path, findings, max_rate, lambda: advance(findings.bytes, total))
         children = {child.digest for record in images.values() for child in record.manifest.children}
         for digest, record in images.items():
-            wanted, lacking = await self._threads.read(_lacking, blobs_folder(self._root), record)
-            if lacking and wanted:
-                findings.missing[digest] = lacking
-            elif lacking and digest in children:
-                findings.missing_metadata[digest] = lacking
+            wanted, missing = await self._threads.read(_missing, blobs_folder(self._root), record)
+            if missing and wanted:
+                findings.missing[digest] = missing
+            elif missing and digest in children:
+                findings.missing_metadata[digest] = missing
         return findings
 
     async def _verify_record(self, path: Path, findings: Findings) -> Record | None:
@@ -297,7 +297,7 @@ def _sizes(folder: Path) -> dict[Path, int]:
     return {Path(path): size for path, (_, size, _, _) in sorted(signatures(folder).items())}
 
 
-def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
+def _missing(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
     """Tell whether an image is wanted, and which of its blobs are missing from the folder `blobs`. Blocks.
 
     Foreign layers do not count. For an image that is not wanted only its config counts, which belongs to the metadata

@@ -267,10 +267,10 @@ async def test_failed_blob_does_not_stop_others_of_its_image(
 async def test_unreadable_store_fails_the_image(
     loads: Loads, fetcher: MemoryFetcher, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def lacking(what: Manifest) -> dict[Digest, int]:
+    async def missing_blobs(what: Manifest) -> dict[Digest, int]:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(store, "lacking", lacking)
+    monkeypatch.setattr(store, "missing_blobs", missing_blobs)
     fetcher.add(APP, SINGLE)
     assert outcome_texts(await loads.load(APP)) == [f"failed: {APP}: cannot be stored: Input/output error"]
 

@@ -77,7 +77,7 @@ async def test_cosign_tags_are_loaded_with_blobs(loads: Loads, fetcher: MemoryFe
     for ending in ("sig", "att", "sbom"):
         signature = await store.manifest(image(tag(ending)))
         assert signature is not None
-        assert not await store.lacking(signature)
+        assert not await store.missing_blobs(signature)
     assert (await state(loads)).ended is LoadStatus.PRESENT
 
 

@@ -225,13 +225,13 @@ async def test_keep_with_old_dates_does_not_move_a_tag_back(store: Store) -> Non
 async def test_missing_blobs_with_and_without_a_record(store: Store, root: Path) -> None:
     sizes = {Digest(blob.digest): len(blob.data) for blob in BUILT.blobs}
     assert await store.missing(IMAGE.digest) is None
-    assert await store.lacking(IMAGE) == sizes
+    assert await store.missing_blobs(IMAGE) == sizes
     put_blob(root, LAYER.digest, LAYER.data)
     put_blob(root, BUILT.config.digest, BUILT.config.data[:-1])
     await store.keep(IMAGE, NGINX)
     del sizes[Digest(LAYER.digest)]
-    assert await store.lacking(IMAGE) == sizes == await store.missing(IMAGE.digest)
-    assert await store.lacking(INDEX) == {}
+    assert await store.missing_blobs(IMAGE) == sizes == await store.missing(IMAGE.digest)
+    assert await store.missing_blobs(INDEX) == {}
 
 
 @on_reactor
@@ -283,8 +283,8 @@ async def test_image_that_lacks_only_foreign_layers_is_not_incomplete(store: Sto
     windows = Manifest.parse(json.dumps(document).encode(), IMAGE.media_type)
     await store.keep(windows, NGINX, wanted=True)
     required = {Digest(one["digest"]): one["size"] for one in (document["config"], *layers)}
-    assert await store.lacking_images({windows.digest}) == {windows.digest: required}
+    assert await store.missing_of_images({windows.digest}) == {windows.digest: required}
     for blob in BUILT.blobs:
         if blob.digest != foreign["digest"]:
             put_blob(root, blob.digest, blob.data)
-    assert await store.lacking_images({windows.digest}) == {}
+    assert await store.missing_of_images({windows.digest}) == {}
