@@ -65,3 +65,16 @@ def test_connection_takes_the_short_way_again(clock: Clock, pipelined: bool) -> 
     asked = len(handler.asked)
     client.ask("/v2/known").ask("/v2/known")
     assert len(handler.asked) == asked
+
+
+def test_answer_is_not_remembered_for_the_request_before(clock: Clock) -> None:
+    """An unusual request is answered by its own rules."""
+    handler, known, other = Handler(), InMemory(b"known"), InMemory(b"other")
+    server = site(handler, clock)
+    handler.give = lambda: Answer(200, known)
+    client = RawClient(server).ask("/v2/known")
+    handler.give = lambda: Answer(200, other, repeat=lambda: other)
+    client.ask("/v2/other", Cookie="x")
+    handler.give = lambda: Answer(200, known)
+    assert RawClient(server).ask("/v2/known").got().body == b"known"
+    assert len(handler.asked) == 3

@@ -12,6 +12,7 @@ from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
+from twisted.web.http import datetimeToString
 
 from ociregistry.admin.requests import Kind, Outcome, Requests
 from ociregistry.log import Seldom
@@ -21,8 +22,11 @@ from ociregistry.web.channel import InFlight, plain_request_line
 from ociregistry.web.exchange import InMemory, Logged
 from ociregistry.web.hits import Hits
 from ociregistry.web.producer import SendLimits, Unsent
+from ociregistry.web.resource import Answer
+from ociregistry.web.site import RegistrySite
 from tests.unit.support.common import image, on_reactor, texts, until
 from tests.unit.support.hits import BLOB, IMAGE, MANIFEST, TAG, Connection, Served, request
+from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 from tests.unit.support.registries import MemoryRegistries
 
 TARGETS = [TAG, MANIFEST, BLOB]
@@ -75,7 +79,9 @@ UNUSUAL = {
     "last one, in a list": "Connection: keep-alive, close\r\n",
     "last one, in two lines": "Connection: keep-alive\r\nConnection: close\r\n",
     "upgrade": "Connection: Upgrade\r\nUpgrade: h2c\r\n",
+    "upgrade alone": "Upgrade: h2c\r\n",
     "trailers": "TE: trailers\r\n",
+    "trailers to come": "Trailer: X\r\n",
     "cookie": "Cookie: a=b\r\n",
     "folded": "X: a\r\n b\r\n",
     "other bytes": "X: \xe4\r\n",
@@ -121,6 +127,7 @@ async def test_body_in_chunks_takes_the_usual_way(served: Served) -> None:
         request(TAG).replace(b"\r\n", b"\n"),
         request(TAG) + b"\r\n",
         request(TAG) + request(TAG),
+        request(TAG, headers="Transfer-Encoding: chunked\r\n"),
         request(TAG)[:-1],
     ],
 )
@@ -236,6 +243,15 @@ async def test_both_ways_log_the_same_fields(
     assert texts(last[:1]) == texts(last[1:])
 
 
+def test_nothing_is_logged_where_the_log_has_no_requests(clock: Clock, events: list[LogEvent]) -> None:
+    """The line of each request takes as long as all the rest of a hit."""
+    handler, known = Handler(), InMemory(b"known")
+    handler.give = lambda: Answer(200, known, repeat=lambda: known)
+    RawClient(RegistrySite(handler, {}, 60, clock, lambda: False)).ask("/v2/known").ask("/v2/known")
+    assert len(handler.asked) == 1
+    assert texts(events) == []
+
+
 @on_reactor
 async def test_the_rest_of_a_hit_is_logged_with_its_user_agent(served: Served, events: list[LogEvent]) -> None:
     await served.fill()
@@ -252,24 +268,75 @@ async def test_the_rest_of_a_hit_is_logged_with_its_user_agent(served: Served, e
 # What is remembered
 
 
-def test_memory_is_bounded(clock: Clock) -> None:
-    """Clients may send any number of long targets."""
+@pytest.mark.parametrize("size", [5, 60_000])
+def test_memory_is_bounded(clock: Clock, size: int) -> None:
+    """Clients may send any number of long targets, and ask for as many manifests as there are."""
     most = 1_000_000
     limits = SendLimits(60, Unsent(clock), Seldom(clock), lambda: True, Requests())
     hits = Hits(InFlight(), limits, clock, most)
     head = b"HTTP/1.1 200 OK\r\nServer: x\r\nDate: x\r\nContent-Length: 5\r\n\r\n"
-    content = InMemory(b"hello")
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         for number in range(1000):
             target = f"/v2/team/app/manifests/1?x={number}".encode() + b"\\" * 3000
             line = b"GET %b HTTP/1.1" % target
-            hits.remember(line, head, content, lambda: content, Logged.of(b"GET", target, target, b"-", b"-"))
+            content = InMemory(bytes(size))
+            hits.remember(
+                line, head, content, partial(InMemory, content.data), Logged.of(b"GET", target, target, b"-", b"-")
+            )
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert most / 2 < after - before < most * 1.2
+
+
+@pytest.mark.parametrize("size", [64 * 1024, 64 * 1024 + 1])
+def test_large_answer_is_not_remembered(clock: Clock, size: int) -> None:
+    """A few of them would displace all others."""
+    handler, large = Handler(), InMemory(bytes(size))
+    handler.give = lambda: Answer(200, large, repeat=lambda: large)
+    client = RawClient(site(handler, clock)).ask("/v2/large").ask("/v2/large")
+    assert [one.body for one in client.all_got("GET", "GET")] == [large.data] * 2
+    assert len(handler.asked) == (1 if size == 64 * 1024 else 2)
+
+
+def test_answer_by_earlier_settings_is_not_remembered(clock: Clock) -> None:
+    """They change while it is awaited."""
+    handler, known = Handler(), InMemory(b"known")
+    waiting: Deferred[Answer] = Deferred()
+    handler.give = lambda: waiting
+    server = site(handler, clock)
+    client = RawClient(server).ask("/v2/known")
+    server.hits.forget()
+    waiting.callback(Answer(200, known, repeat=lambda: known))
+    handler.give = lambda: Answer(200, InMemory(b"other"))
+    client.ask("/v2/known")
+    assert [one.body for one in client.all_got("GET", "GET")] == [b"known", b"other"]
+
+
+def test_content_of_another_size_takes_the_usual_way(clock: Clock) -> None:
+    """Manifests may give a blob several sizes. The answer that is remembered has one in its head."""
+    handler, known, longer = Handler(), InMemory(b"known"), Growing(6)
+    handler.give = lambda: Answer(200, known, repeat=lambda: longer)
+    client = RawClient(site(handler, clock)).ask("/v2/known").ask("/v2/known")
+    assert [one.body for one in client.all_got("GET", "GET")] == [b"known", b"known"]
+    assert len(handler.asked) == 2
+    # It held a file open.
+    assert longer.closed == 1
+
+
+@on_reactor
+async def test_date_is_that_of_each_answer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    await served.fill()
+    await served.remember(TAG)
+    now = time.time()
+    for later in (0, 1, 3600):
+        monkeypatch.setattr(time, "time", lambda: now + later)  # noqa: B023  # it is called in this turn
+        asked = served.v2.asked
+        answer = Connection(served.site).send(request(TAG)).received
+        assert served.v2.asked == asked
+        assert b"\r\nDate: %b\r\n" % datetimeToString(now + later) in answer
 
 
 # What is counted

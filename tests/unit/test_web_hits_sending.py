@@ -182,6 +182,22 @@ async def test_demand_is_told_the_same(
     assert demand.told == usual
 
 
+@on_reactor
+async def test_demand_is_told_once_of_a_blob_that_is_not_open_any_more(
+    root: Path, store: Store, cache: PullThrough, clock: Clock
+) -> None:
+    demand = Requested()
+    served = Served(root, store, cache, clock, demand)
+    await served.fill()
+    await served.remember(BLOB)
+    (root / "blobs" / LAYER.hex).chmod(0o640)
+    clock.advance(1)
+    await until(lambda: not open_blobs(root))
+    demand.told.clear()
+    await served.remember(BLOB)
+    assert len(demand.told) == 1
+
+
 # What the client takes
 
 
@@ -313,6 +329,19 @@ async def test_client_that_leaves_releases_the_blob(
     await until(lambda: not open_blobs(served.root))
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@on_reactor
+async def test_answer_at_once_releases_the_blob(served: Served, store: Store, method: str) -> None:
+    await served.fill()
+    await served.remember(BLOB, method)
+    # The first HEAD opens no file.
+    await served.ask(request(BLOB))
+    assert await served.is_short(request(BLOB, method))
+    assert open_blobs(served.root)
+    await store.prune(by_name("team/app"))
+    await until(lambda: not open_blobs(served.root))
+
+
 @on_reactor
 async def test_requests_that_come_meanwhile_wait(served: Served, store: Store) -> None:
     await served.fill()
@@ -351,6 +380,43 @@ async def test_flood_that_comes_meanwhile_is_not_read(
     assert connection.transport.producerState == "producing"
 
 
+@on_reactor
+async def test_flood_is_not_read_whenever_the_client_takes_a_piece(served: Served, store: Store) -> None:
+    await served.fill()
+    await served.remember(TAG)
+    await large(served, store)
+    part = Part(served)
+    part.connection.send(request(TAG) * 400)
+    for _ in range(3):
+        received = len(part.connection.received)
+        part.transport.producer.resumeProducing()
+        assert part.transport.producerState == "paused"
+        await until(partial(has_more_than, part, received))
+    part.resume()
+    await until(lambda: part.connection.received.count(b"HTTP/1.1 200 OK") == 401)
+    assert part.transport.producerState == "producing"
+
+
+@on_reactor
+async def test_long_body_that_begins_meanwhile_is_read_to_its_end(
+    served: Served, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request is refused then, and its client does not wait for ever to send the rest."""
+    await large(served, store)
+    disk: Deferred[bytes] = Deferred()
+    monkeypatch.setattr(StoredBlob, "read", lambda *_: disk)
+    connection = Connection(served.site).send(request(LARGE_BLOB))
+    head = request("/v2/team/app/blobs/uploads/", "PUT", "Content-Length: 40000\r\n")
+    connection.send(head, bytes(20_000))
+    assert connection.transport.producerState == "paused"
+    monkeypatch.undo()
+    disk.callback(LARGE.layers[0].data[:100])
+    await until(lambda: served.site.in_flight.idle().called)
+    assert connection.transport.producerState == "producing"
+    connection.send(bytes(20_000))
+    await until(lambda: b"HTTP/1.1 405 " in connection.received)
+
+
 # Failures
 
 
@@ -358,8 +424,11 @@ async def test_flood_that_comes_meanwhile_is_not_read(
 async def test_failing_disk_ends_the_answer_short(
     served: Served, store: Store, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await served.fill()
+    await served.remember(TAG)
     await large(served, store)
     part = Part(served)
+    part.connection.send(request(TAG))
 
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
@@ -368,6 +437,9 @@ async def test_failing_disk_ends_the_answer_short(
     part.resume()
     await until(lambda: part.transport.disconnecting)
     monkeypatch.undo()
+    await until(lambda: served.site.in_flight.idle().called)
+    # Nor is the next request answered: its client would take that for the rest of the blob.
+    assert part.connection.received.count(b"HTTP/1.1 200 OK") == 1
     assert not part.connection.received.endswith(LARGE.layers[0].data[-100:])
     (line,) = texts(events, LogLevel.error)
     assert "response truncated: " in line
