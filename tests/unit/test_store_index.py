@@ -121,6 +121,9 @@ def test_blob_sizes_from_manifests() -> None:
     assert index.sizes(OTHER, other) == {0, 1}
     assert index.sizes(OTHER, repository("nginx")) == set()
     assert index.sizes(A) == set()
+    # Neither does a size count that is given to another blob.
+    assert [size for size in range(9) if index.gives(LAYER, size)] == [5, 6]
+    assert not any(index.gives(A, size) for size in range(9))
 
 
 def test_tags_of_a_repository_are_sorted() -> None:

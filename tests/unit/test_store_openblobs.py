@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
@@ -20,7 +20,7 @@ from ociregistry.store.store import Store
 from ociregistry.store.threads import Threads
 from ociregistry.store.verify import Damaged
 from tests.procfs import descriptors
-from tests.unit.support.common import REACTOR, fired, image, on_reactor, record, turn, until
+from tests.unit.support.common import REACTOR, failed, fired, image, on_reactor, record, turn, until
 from tests.unit.support.stores import by_name, image_of, keep_pulled, looked, open_blobs
 
 CONFIG, LAYER = b"config", b"layer" * 1000
@@ -86,7 +86,16 @@ def move_store(path: Path) -> None:
     (path.parent.parent / "blobs").rename(path.parent.parent / "blobs.moved")
 
 
-CHANGES: list[Callable[[Path], None]] = [Path.unlink, overwrite, overwrite_as_long, replace, forbid, move_store]
+def replace_folder(path: Path) -> None:
+    """Put a file in the place of its folder."""
+    move_store(path)
+    (path.parent.parent / "blobs").touch()
+
+
+CHANGES: list[Callable[[Path], None]] = [
+    *(Path.unlink, overwrite, overwrite_as_long, replace, forbid),
+    *(move_store, replace_folder),
+]
 
 
 @on_reactor
@@ -137,8 +146,8 @@ async def test_small_blob_is_in_memory(store: Store, root: Path, monkeypatch: py
     assert fired(blob.read(3, 7)) == LAYER[3:10]
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert fired(blob.send(ours.fileno(), 5, 11, in_thread=True)) == 11
-        assert theirs.recv(100) == LAYER[5:16]
+        assert fired(blob.send(ours.fileno(), 7, 11, in_thread=True)) == 11
+        assert theirs.recv(100) == LAYER[7:18]
     blob.close()
 
 
@@ -161,6 +170,12 @@ async def test_small_blobs_in_memory_are_bounded(store: Store, root: Path) -> No
     for blob, content in zip(reading, contents, strict=True):
         assert await blob.read(1, len(content)) == content[1:]
         blob.close()
+    # There is room for others then.
+    await opened(store, root)
+    blob = store.opened(DIGEST)
+    assert blob is not None
+    assert blob.data == LAYER
+    blob.close()
 
 
 @on_reactor
@@ -207,24 +222,44 @@ class Opening:
             return opened
 
         monkeypatch.setattr(blobs, "open_blob", wait)
-        self._opening = Deferred.fromCoroutine(store.blob(DIGEST))
+        self.opening = Deferred.fromCoroutine(store.blob(DIGEST))
+
+    def go_on(self) -> None:
+        """Let the thread go on."""
+        self._may_end.set()
 
     async def end(self) -> None:
         """Let the thread go on, and close the blob."""
-        self._may_end.set()
-        blob = await self._opening
+        self.go_on()
+        blob = await self.opening
         assert blob is not None
         blob.close()
 
 
 @on_reactor
+async def test_blob_that_is_opened_twice_at_once_is_kept_once(store: Store, root: Path) -> None:
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(LAYER)
+    opening = [Deferred.fromCoroutine(store.blob(DIGEST)) for _ in range(2)]
+    for blob in [await one for one in opening]:
+        assert blob is not None
+        blob.close()
+    await until(lambda: len(open_blobs(root)) == 1)
+    await store.prune(by_name("team/app"))
+    await until(lambda: open_blobs(root) == [])
+
+
+@pytest.mark.parametrize("last", ["store", "reader"])
+@on_reactor
 async def test_space_of_a_removed_blob_is_freed_in_a_thread(
-    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     """It is when the last descriptor is closed: that of the store, or of a reader."""
     await opened(store, root)
     reading = store.opened(DIGEST)
     assert reading is not None
+    if last == "store":
+        reading.close()
     freed: list[threading.Thread] = []
     close = os.close
 
@@ -235,7 +270,8 @@ async def test_space_of_a_removed_blob_is_freed_in_a_thread(
 
     monkeypatch.setattr(os, "close", noting_close)
     await store.prune(by_name("team/app"))
-    reading.close()
+    if last == "reader":
+        reading.close()
     await until(lambda: freed)
     assert freed[0] is not threading.current_thread()
 
@@ -274,6 +310,38 @@ async def test_blob_that_is_removed_while_it_is_being_opened_is_kept_for_a_secon
 
 
 @on_reactor
+async def test_blob_that_is_opened_for_a_client_that_has_gone_is_closed(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(LAYER)
+    opening = Opening(store, monkeypatch)
+    await until(opening.has_opened.is_set)
+    opening.opening.cancel()
+    failed(opening.opening, CancelledError)
+    assert len(open_blobs(root)) == 1
+    opening.go_on()
+    await until(lambda: open_blobs(root) == [])
+
+
+@on_reactor
+async def test_small_blob_that_is_cut_while_it_is_being_opened_is_not_in_memory(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer would have more bytes in its head than behind that."""
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(LAYER)
+    opening = Opening(store, monkeypatch)
+    await until(opening.has_opened.is_set)
+    path_of(root).write_bytes(LAYER[:100])
+    opening.go_on()
+    blob = await opening.opening
+    assert blob is not None
+    assert (blob.size, blob.data) == (len(LAYER), b"")
+    blob.close()
+
+
+@on_reactor
 async def test_committed_blob_replaces_the_one_that_is_open(store: Store, root: Path) -> None:
     await opened(store, root)
     before = path_of(root).stat().st_ino
@@ -303,6 +371,10 @@ async def test_file_of_a_wrong_size_is_not_served(store: Store, root: Path, cloc
     record(root, IMAGE.digest).unlink()
     await looked(clock, lambda: store.entry(IMAGE.digest) is None)
     assert not is_kept(store)
+    # Nor is it held open by those that asked for it.
+    path_of(root).unlink()
+    clock.advance(1)
+    await until(lambda: open_blobs(root) == [])
 
 
 @on_reactor
@@ -377,7 +449,6 @@ async def test_look_at_many_files_is_many_reads(
             await until(lambda: len(looked_at) == 24 * second)  # noqa: B023  # it is called in this turn
         assert threads.hung == ""
         # What is gone is closed before the last was looked at.
-        looks.release(300)
         await until(lambda: kept.get(digests[0]) is None)
     finally:
         monkeypatch.undo()
@@ -422,4 +493,18 @@ async def test_the_blobs_that_were_used_last_are_kept(
     finally:
         kept.stop()
         threads.stop()
+    assert open_in(tmp_path) == []
+
+
+@on_reactor
+async def test_file_that_is_opened_during_a_stop_is_not_kept(tmp_path: Path, clock: Clock) -> None:
+    """Nothing would close it."""
+    threads = Threads(REACTOR, clock)
+    kept = OpenBlobs(threads, clock)
+    kept.start()
+    file = file_of(tmp_path, DIGEST)
+    kept.stop()
+    kept.add(DIGEST, tmp_path / DIGEST.hex, file, Identity.of(os.fstat(file.fileno())), kept.forgotten)
+    file.release()
+    assert kept.get(DIGEST) is None
     assert open_in(tmp_path) == []

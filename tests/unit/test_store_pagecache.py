@@ -129,6 +129,28 @@ def test_end_of_the_file(file: SharedFile) -> None:
     assert read_resident(file.fileno(), SIZE - 10, 20) == os.pread(file.fileno(), 10, SIZE - 10)
 
 
+def test_end_of_the_file_within_a_page(file: SharedFile) -> None:
+    """The kernel has that page in memory, and nothing of what is asked for."""
+    size = SIZE - 100
+    os.truncate(f"/proc/self/fd/{file.fileno()}", size)
+    assert is_resident(file.fileno(), size - 10, 20)
+    assert not is_resident(file.fileno(), size, 1)
+    assert not is_resident(file.fileno(), size + 50, 10)
+
+
+@pytest.mark.parametrize("why", [EOFError(), OSError(errno.EIO, "Input/output error")])
+def test_failure_to_send_at_once_is_left_to_the_next_try(
+    file: SharedFile, why: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells it to those that wait."""
+
+    def fails(*_: object) -> int:
+        raise why
+
+    monkeypatch.setattr(pagecache, "send_file", fails)
+    assert send_resident(file, 0, 10, -1) == 0
+
+
 def test_file_that_cannot_be_mapped(file: SharedFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pagecache, "_mmap", lambda *_: pagecache._FAILED)
     assert not is_resident(file.fileno(), 0, SIZE)
@@ -177,7 +199,7 @@ def test_nothing_is_asked_of_a_file_system_that_cannot_tell(
 class Takes:
     """A socket that takes these numbers of bytes, one after the other; stands for `send_file`."""
 
-    def __init__(self, *takes: int | type[OSError]) -> None:
+    def __init__(self, *takes: int | type[Exception]) -> None:
         self._takes = list(takes)
         self.asked: list[tuple[int, int]] = []
         """The offsets and counts with which it was called."""
@@ -249,9 +271,21 @@ def test_turn_ends_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert turn(monkeypatch, pair[0], Takes(*[SLICE] * 10), 10 * SLICE) < 10 * SLICE
 
 
-@pytest.mark.parametrize("why", [ConnectionAbortedError, OSError])
+def test_turn_begins_as_with_a_file_that_grows_on_another_machine(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end may be a stale one."""
+    takes, file_ends = Takes(SLICE), Takes(EOFError)
+    monkeypatch.setattr(pagecache, "is_resident", lambda *_: True)
+    monkeypatch.setattr(pagecache, "send_written", takes)
+    monkeypatch.setattr(pagecache, "send_file", file_ends)
+    assert send_for_a_turn(pair[0].fileno(), -1, 7, TURN) == SLICE
+    assert (takes.asked, file_ends.asked) == ([(7, SLICE)], [(7 + SLICE, SLICE)])
+
+
+@pytest.mark.parametrize("why", [ConnectionAbortedError, OSError, EOFError])
 def test_failure_during_a_turn_is_that_of_the_next(
-    pair: Pair, why: type[OSError], monkeypatch: pytest.MonkeyPatch
+    pair: Pair, why: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert turn(monkeypatch, pair[0], Takes(SLICE, why)) == SLICE
     with pytest.raises(why):

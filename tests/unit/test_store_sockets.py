@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,32 @@ def test_socket_is_duplicated_only_while_it_has_its_descriptor() -> None:
     with others[0], others[1]:
         assert number.descriptor in {other.fileno() for other in others}
         assert_refused()
+
+
+def test_lack_of_descriptors_is_no_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client gets the bytes in another way."""
+
+    def fails(_: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    here, there = socket.socketpair()
+    with here, there:
+        number = SocketNumber.of(here.fileno())
+        monkeypatch.setattr(os, "dup", fails)
+        with pytest.raises(OSError, match="too many open files") as raised, number.duplicated():
+            pass
+    assert not isinstance(raised.value, ConnectionError)
+
+
+def test_end_of_the_file_is_no_full_socket(tmp_path: Path) -> None:
+    """Else the sender of a file that was cut would try for ever."""
+    path = tmp_path / "file"
+    path.write_bytes(b"data")
+    here, there = socket.socketpair()
+    with here, there, path.open("rb") as file:
+        assert send_file(here.fileno(), file.fileno(), 1, 10) == 3
+        with pytest.raises(EOFError):
+            send_file(here.fileno(), file.fileno(), 4, 1)
 
 
 @pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EPIPE, errno.ECONNRESET])

@@ -6,8 +6,10 @@ import errno
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred, fail
 from twisted.logger import LogEvent, LogLevel
 
 import ociregistry.store.workdir
@@ -18,9 +20,10 @@ from ociregistry.store.orphans import find_orphans, remove_orphans
 from ociregistry.store.prune import Criteria, prune
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
+from ociregistry.store.threads import Hung, Threads
 from ociregistry.store.workdir import PendingFiles, PendingImage, undecided_images
 from tests.images import make_image
-from tests.unit.support.common import image, manifest, on_reactor, open_descriptors, record, texts, until
+from tests.unit.support.common import failed, image, manifest, on_reactor, open_descriptors, record, texts, until
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.stores import image_of, keep_pulled
 
@@ -151,6 +154,38 @@ async def test_blob_is_a_miss_after_a_read_failed_until_it_succeeds(
         assert await content(store, digest) is None
         assert texts(events, LogLevel.error) == []
     assert await content(store, digest) == LARGE
+
+
+FAILURES = {
+    "the disk": (OSError(errno.EIO, "Input/output error"), True),
+    "a disk that hangs": (Hung(Path("file")), False),
+    "the connection": (BrokenPipeError(errno.EPIPE, "Broken pipe"), False),
+    "no descriptor": (OSError(errno.EMFILE, "Too many open files"), False),
+}
+"""What failed, and whether the file is at fault."""
+
+
+@pytest.mark.parametrize(("why", "at_fault"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("call", ["read_at", "send_at"])
+@on_reactor
+async def test_only_a_file_at_fault_is_closed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, why: OSError, at_fault: bool, call: str
+) -> None:
+    """The next request opens it again then; for any other failure, it is served as before."""
+    digest = Digest.of(LARGE)
+    await keep_pulled(store, image_of(b"config", LARGE), NGINX, LARGE)
+    blob = await store.blob(digest)
+    assert blob is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Threads, call, lambda *_, **__: fail(why))
+        reads = call == "read_at"
+        trying: Deferred[Any] = blob.read(0, 10) if reads else blob.send(-1, 0, 10, in_thread=False)
+        failed(trying, OSError)
+    blob.close()
+    kept = store.opened(digest)
+    assert (kept is None) == at_fault
+    if kept is not None:
+        kept.close()
 
 
 @on_reactor
