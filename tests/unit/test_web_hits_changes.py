@@ -36,18 +36,18 @@ class Cached:
         self.served = served
         self.upstreams = upstreams
 
-    async def ask(self, target: str) -> bytes:
+    async def ask(self, target: str, method: str = "GET") -> bytes:
         """Send a plain request; return the answer. What the store lacks is not found."""
         before = len(self.upstreams)
-        answer = Deferred.fromCoroutine(self.served.ask(request(target)))
+        answer = Deferred.fromCoroutine(self.served.ask(request(target, method)))
         await until(lambda: answer.called or len(self.upstreams) > before)
         if not answer.called:
             self.upstreams[before].refuse(BlobUnknown("gone") if target == BLOB else ManifestUnknown("gone"))
         return await answer
 
-    async def is_gone(self, target: str) -> bool:
+    async def is_gone(self, target: str, method: str = "GET") -> bool:
         """Tell whether the next request finds nothing."""
-        return (await self.ask(target)).startswith(b"HTTP/1.1 404 ")
+        return (await self.ask(target, method)).startswith(b"HTTP/1.1 404 ")
 
     async def are_remembered(self, *targets: str) -> bool:
         """Tell whether requests take the short way."""
@@ -204,6 +204,22 @@ async def test_other_program_removes(
     await until(lambda: is_noticed(store, gone))
     for target in TARGETS:
         assert await cached.is_gone(target) == (target in gone)
+
+
+@pytest.mark.parametrize(("change", "gone"), CHANGES)
+@on_reactor
+async def test_heads_are_not_stale_either(
+    served: Served, upstreams: MemoryRegistries, store: Store, change: Callable[[StoreDir], None], gone: list[str]
+) -> None:
+    cached = await remembered(served, upstreams)
+    for target in TARGETS:
+        await served.remember(target, "HEAD")
+        assert await served.is_short(request(target, "HEAD"))
+    change(StoreDir(served.root))
+    served.clock.advance(1)
+    await until(lambda: is_noticed(store, gone))
+    for target in TARGETS:
+        assert await cached.is_gone(target, "HEAD") == (target in gone)
 
 
 @on_reactor
