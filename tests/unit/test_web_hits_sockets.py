@@ -36,9 +36,12 @@ class Kernel:
         self.takes: list[int | OSError] = []
         """The bytes that the next calls take, at most; further ones take all."""
         self.full = False
+        self.flags: list[int] = []
+        """Those of each call."""
 
     def send(self, data: bytes, flags: int = 0) -> int:
         """Take some bytes."""
+        self.flags.append(flags)
         if self.full:
             raise BlockingIOError(errno.EAGAIN, "it is full")
         if self.takes:
@@ -142,6 +145,19 @@ async def test_rest_of_an_answer_follows(
     await until(lambda: client.has_received(2 * (len(answer) + len(DATE))))
     assert undated(client.received) == 2 * answer
     assert served.v2.asked == before
+
+
+@pytest.mark.parametrize(("target", "flag"), [(TAG, 0), (BLOB, 0), (LARGE_BLOB, socket.MSG_MORE)])
+@on_reactor
+async def test_only_a_head_waits_for_what_follows(
+    served: Served, store: Store, client: Client, target: str, flag: int
+) -> None:
+    """The kernel would hold the end of a whole answer back for a fifth of a second."""
+    answer = (await remembered(served, store))[target]
+    kernel = await client.connect()
+    client.channel.dataReceived(request(target))
+    assert kernel.flags == [flag]
+    await until(lambda: client.has_received(len(answer) + len(DATE)))
 
 
 @pytest.mark.parametrize("turns", [0, 5], ids=["written", "tried"])
