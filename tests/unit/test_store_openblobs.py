@@ -236,6 +236,15 @@ class Opening:
         blob.close()
 
 
+async def opening_of(content: bytes, store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> Opening:
+    """Begin to open the blob, whose file has this content; return when the file is open."""
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(content)
+    opening = Opening(store, monkeypatch)
+    await until(opening.has_opened.is_set)
+    return opening
+
+
 @on_reactor
 async def test_blob_that_is_opened_twice_at_once_is_kept_once(store: Store, root: Path) -> None:
     await store.keep(IMAGE, APP)
@@ -285,10 +294,7 @@ async def test_blob_that_is_quarantined_while_it_is_being_opened_is_not_kept(
     store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next look would find that, but this process knows it already."""
-    await store.keep(IMAGE, APP)
-    path_of(root).write_bytes(LAYER[::-1])
-    opening = Opening(store, monkeypatch)
-    await until(opening.has_opened.is_set)
+    opening = await opening_of(LAYER[::-1], store, root, monkeypatch)
     await store.verify(None, lambda _done, _all: None, ignore)
     await opening.end()
     assert not is_kept(store)
@@ -299,10 +305,7 @@ async def test_blob_that_is_removed_while_it_is_being_opened_is_kept_for_a_secon
     store: Store, root: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By another program. To look at once would be to wait for the disk."""
-    await store.keep(IMAGE, APP)
-    path_of(root).write_bytes(LAYER)
-    opening = Opening(store, monkeypatch)
-    await until(opening.has_opened.is_set)
+    opening = await opening_of(LAYER, store, root, monkeypatch)
     path_of(root).unlink()
     await opening.end()
     clock.advance(1)
@@ -313,10 +316,7 @@ async def test_blob_that_is_removed_while_it_is_being_opened_is_kept_for_a_secon
 async def test_blob_that_is_opened_for_a_client_that_has_gone_is_closed(
     store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await store.keep(IMAGE, APP)
-    path_of(root).write_bytes(LAYER)
-    opening = Opening(store, monkeypatch)
-    await until(opening.has_opened.is_set)
+    opening = await opening_of(LAYER, store, root, monkeypatch)
     opening.opening.cancel()
     failed(opening.opening, CancelledError)
     assert len(open_blobs(root)) == 1
@@ -329,10 +329,7 @@ async def test_small_blob_that_is_cut_while_it_is_being_opened_is_not_in_memory(
     store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answer would have more bytes in its head than behind that."""
-    await store.keep(IMAGE, APP)
-    path_of(root).write_bytes(LAYER)
-    opening = Opening(store, monkeypatch)
-    await until(opening.has_opened.is_set)
+    opening = await opening_of(LAYER, store, root, monkeypatch)
     path_of(root).write_bytes(LAYER[:100])
     opening.go_on()
     blob = await opening.opening
