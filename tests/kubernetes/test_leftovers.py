@@ -55,10 +55,13 @@ def test_process_that_is_left_in_a_group_is_ended(tmp_path: Path) -> None:
     groups = make_groups(name)
     (tmp_path / name).mkdir()
     with subprocess.Popen(["sleep", "infinity"]) as left:
-        for group in groups:
-            (group / "cgroup.procs").write_text(str(left.pid))
-        remove_leftovers(tmp_path)
-        assert left.wait(_PATIENCE) < 0
+        try:
+            for group in groups:
+                (group / "cgroup.procs").write_text(str(left.pid))
+            remove_leftovers(tmp_path)
+            assert left.wait(_PATIENCE) < 0
+        finally:
+            left.kill()
     assert not list(tmp_path.iterdir())
     assert not [group for group in groups if group.exists()]
 

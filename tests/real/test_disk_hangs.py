@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from http.client import IncompleteRead
 from pathlib import Path
 
@@ -273,3 +274,17 @@ def test_server_of_a_fuse_file_system_that_is_gone(tmp_path: Path) -> None:
                 assert isinstance(rest.exception(ANSWERED), IncompleteRead)
         wait_until(lambda: is_whole(cache, cold) and is_whole(cache, begun), SOON, "it answers again")
         assert_served(cache, hot, "hot")
+
+
+def test_disks_of_these_tests_end_while_another_mount_namespace_has_them(tmp_path: Path) -> None:
+    """Tests that run beside this make such namespaces, which keep a copy of each mount that is there."""
+    with ExitStack() as ends:
+        with hanging_ext4(tmp_path / "disk", 8 * MIB) as disk:
+            other = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "infinity"])
+            ends.callback(other.wait, SOON)
+            ends.callback(other.kill)
+            comm = Path(f"/proc/{other.pid}/comm")
+            wait_until(lambda: comm.read_text() == "sleep\n", SOON, "the namespace is there")
+        assert str(tmp_path) in Path(f"/proc/{other.pid}/mountinfo").read_text()
+        assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+        assert not Path("/proc", str(disk.pid)).exists()
