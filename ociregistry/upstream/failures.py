@@ -112,9 +112,9 @@ def was_cancelled(exception: BaseException) -> bool:
     return any(isinstance(cause, cancelled) for cause in causes(exception))
 
 
-def lacks_descriptors(exception: BaseException) -> bool:
+def lacks_descriptors(exception: BaseException | None) -> bool:
     """Return whether the request failed because this process could not open another socket."""
-    return any(map(is_out_of_descriptors, causes(exception)))
+    return exception is not None and any(map(is_out_of_descriptors, causes(exception)))
 
 
 def is_unreachable(exception: BaseException) -> bool:

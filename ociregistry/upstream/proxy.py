@@ -24,7 +24,7 @@ from zope.interface import implementer
 from ociregistry.config.proxy import NoProxy, Proxies, Proxy
 from ociregistry.errors import Denied
 from ociregistry.upstream.connect import Dialer
-from ociregistry.upstream.failures import ProxyFailed, ProxyUnreachable, TunnelFailed, explain
+from ociregistry.upstream.failures import ProxyFailed, ProxyUnreachable, TunnelFailed, explain, lacks_descriptors
 from ociregistry.upstream.headers import LARGEST_HEADERS, BoundedHeaders
 from ociregistry.upstream.http import USER_AGENT, DroppedBody
 from ociregistry.upstream.origin import Origin
@@ -152,7 +152,7 @@ class _ToProxy:
         return self._endpoint.connect(protocolFactory).addErrback(self._explain)
 
     def _explain(self, failure: Failure) -> Failure:
-        if failure.check(CancelledError, error.ConnectingCancelledError):
+        if failure.check(CancelledError, error.ConnectingCancelledError) or lacks_descriptors(failure.value):
             return failure
         return Failure(ProxyUnreachable(self._proxy, explain(failure.value)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +18,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.config.proxy import NO_PROXIES, NoProxy, Proxies, Proxy, ProxySettings
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import SYSTEM_TRUST, UpstreamTls
-from ociregistry.errors import Denied, Unavailable
+from ociregistry.errors import Denied, OutOfDescriptors, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.openssl import Certificates
 from ociregistry.settings import load_settings
@@ -352,6 +353,26 @@ async def test_breaker_of_proxy_opens_when_its_name_is_not_resolved(asking: Prox
     why = "proxy http://proxy.example:3128: host name cannot be resolved"
     assert await asking.refused(asking.client(proxies)) == f"{NAME}: {why}"
     assert texts(events, LogLevel.warn) == [why.replace(":3128:", ":3128 cannot be reached:")]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@on_reactor
+async def test_lack_of_descriptors_says_nothing_about_the_proxy(
+    asking: Proxied, proxy: ForwardProxy, scheme: str, events: list[LogEvent]
+) -> None:
+    breakers = CircuitBreakers(REACTOR)
+    client = asking.client(through(proxy), scheme=scheme, breakers=breakers)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OutOfDescriptors) as refused:
+            await asking.get(client)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    why = "this server has no file descriptor left for a connection"
+    assert refused.value.message == f"{NAME}: {why}, through the proxy {proxy.url}"
+    assert texts(events, LogLevel.warn) == []
+    assert [link.host for link in breakers.links(lambda host, port: False) if not link.up] == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
 from pathlib import Path
@@ -76,12 +77,12 @@ def failed(deferred: Deferred[T], kind: type[E]) -> E:
 
 
 def on_reactor(test: Callable[..., Coroutine[Deferred[Any], Any, None]]) -> Callable[..., Any]:
-    """Run an async test on the real reactor; cancel it after ten seconds, because it would hang all others."""
+    """Run an async test on the real reactor; cancel it after a minute, because it would hang all others."""
 
     @wraps(test)
     async def limited(*args: Any, **kwargs: Any) -> None:
         running = Deferred.fromCoroutine(test(*args, **kwargs))
-        limit = REACTOR.callLater(10, running.cancel)
+        limit = REACTOR.callLater(60, running.cancel)
         try:
             await running
         finally:
@@ -98,12 +99,12 @@ async def turn() -> None:
 
 
 async def until(predicate: Callable[[], object]) -> None:
-    """Run the reactor until the predicate holds, for results of threads and sockets."""
-    for _ in range(3000):
-        if predicate():
-            return
+    """Run the reactor until the predicate holds, for results of threads and sockets; fail after half a minute."""
+    limit = time.monotonic() + 30
+    while not predicate():
+        if time.monotonic() > limit:
+            raise AssertionError("it never came")
         await deferLater(REACTOR, 0.001)
-    raise AssertionError("it never came")
 
 
 def texts(events: Iterable[LogEvent], level: LogLevel | None = None) -> list[str]:
