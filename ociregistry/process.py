@@ -47,11 +47,21 @@ def descriptors_are_scarce() -> bool:
     """Return whether less than about a quarter of the file descriptors that this process may have is free."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        lowest_free = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        lowest_free = lowest_free_descriptor()
     except OSError:
         return True
-    os.close(lowest_free)
     return lowest_free >= most - most // 4
+
+
+def lowest_free_descriptor() -> int:
+    """Return the number that the next file or socket gets that is opened now.
+
+    Raises:
+        OSError: this process, or the machine, cannot open another file. Not every library says so when it cannot.
+    """
+    number = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.close(number)
+    return number
 
 
 def use_monotonic_clock(reactor: Any) -> None:

@@ -38,7 +38,8 @@ from zope.interface import implementer
 
 from ociregistry.concurrency import SingleFlight
 from ociregistry.config.proxy import Proxy
-from ociregistry.errors import Denied
+from ociregistry.errors import Denied, is_out_of_descriptors
+from ociregistry.process import lowest_free_descriptor
 from ociregistry.upstream.bandwidth import SMALLEST_BUFFER, Bandwidth
 from ociregistry.upstream.breaker import CircuitBreaker, CircuitBreakers
 from ociregistry.upstream.origin import Origin
@@ -136,7 +137,7 @@ class Resolver:
         self._reactor = reactor
         self._getaddrinfo = getaddrinfo
         self._threads = ThreadPool(0, _THREADS, "resolver")
-        self._single_flight: SingleFlight[str, tuple[str, ...] | DNSLookupError] = SingleFlight()
+        self._single_flight: SingleFlight[str, tuple[str, ...] | OSError] = SingleFlight()
 
     def start(self) -> None:
         """Start the threads; call it after the process has daemonized, because threads do not survive a fork."""
@@ -151,23 +152,32 @@ class Resolver:
 
         Raises:
             DNSLookupError: it cannot be resolved; the Deferred fails with it.
+            OSError: the same, as no file descriptor is left.
         """
         return self._single_flight.join(host, lambda: self._look_up(host)).addCallback(_result_or_error)
 
-    async def _look_up(self, host: str) -> tuple[str, ...] | DNSLookupError:
+    async def _look_up(self, host: str) -> tuple[str, ...] | OSError:
         # An error is returned as a value: raised when all callers have cancelled, it would be logged as unhandled.
         try:
-            found = await deferToThreadPool(
-                self._reactor, self._threads, self._getaddrinfo, host, None, type=socket.SOCK_STREAM
-            )
-        except (OSError, UnicodeError) as error:
+            found = await deferToThreadPool(self._reactor, self._threads, self._ask, host)
+        except UnicodeError as error:
             return DNSLookupError(str(error))
+        except OSError as error:
+            return error if is_out_of_descriptors(error) else DNSLookupError(str(error))
         addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
         return addresses or DNSLookupError("it has no address")
 
+    def _ask(self, host: str) -> list[Any]:
+        try:
+            return self._getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError:
+            # Without a descriptor the C library may say that there is no such name.
+            lowest_free_descriptor()
+            raise
 
-def _result_or_error(result: tuple[str, ...] | DNSLookupError) -> tuple[str, ...]:
-    if isinstance(result, DNSLookupError):
+
+def _result_or_error(result: tuple[str, ...] | OSError) -> tuple[str, ...]:
+    if isinstance(result, OSError):
         raise result
     return result
 
@@ -240,6 +250,7 @@ class Dialer:
         Raises:
             Denied: one of its addresses is one that clients must not reach through the daemon.
             DNSLookupError: the name cannot be resolved, or not in time.
+            OSError: no file descriptor is left to resolve it.
             ConnectError: no connection was made.
         """
         with breaker.looking_up():

@@ -16,6 +16,7 @@ from zope.interface import implementer
 
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.openssl import Certificates, KeyPair, openssl_context
+from ociregistry.process import lowest_free_descriptor
 from ociregistry.upstream.failures import CertificateRefused
 
 _SUBJECT_ALT_NAME = "2.5.29.17"
@@ -55,10 +56,17 @@ class ContextCache:
         self._contexts: dict[tuple[KeyPair | None, Trust | None], SSL.Context] = {}
 
     def get(self, identity: KeyPair | None, trust: Trust | None) -> SSL.Context:
-        """Return the context that presents the certificate `identity`; with None as `trust`, no host is verified."""
+        """Return the context that presents the certificate `identity`; with None as `trust`, no host is verified.
+
+        Raises:
+            OSError: no file descriptor is left to read the operating system's trust store.
+        """
         key = identity, trust
         if key not in self._contexts:
             ca, system = (trust.ca, trust.system) if trust is not None else (None, False)
+            if system:
+                # OpenSSL would silently leave out the files that it cannot open, and trust nobody.
+                lowest_free_descriptor()
             context = openssl_context(identity, ca, system_trust=system)
             if trust is not None:
                 context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verify)

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests import procfs
+from tests.certificates import Authority
 from tests.client import ask, connect, fetch
 from tests.images import MIB, Image
-from tests.processes import wait_until
+from tests.processes import Daemon, wait_until
 from tests.real.caches import SOON, Cache, assert_error, cache_in, plain_image
+from tests.upstream import ScriptedRegistry
 
 LIMIT = 400
 
@@ -41,15 +43,11 @@ def image(cache: Cache) -> Image:
 
 
 @contextmanager
-def limited(cache: Cache, more: int) -> Iterator[None]:
-    """Let the daemon open `more` descriptors than it has now, until the block ends."""
-    pid = cache.daemon.process.pid
+def without_free_descriptors(daemon: Daemon) -> Iterator[None]:
+    """Let the daemon open no file and no socket until the block ends."""
+    pid = daemon.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    # The numbers in use may have gaps; the highest that a new one can get is what is limited.
-    highest = max(int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir())
-    gaps = highest + 1 - len(procfs.descriptors(pid))
-    assert gaps <= more
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1 + more - gaps, before[1]))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
     yield
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
@@ -70,7 +68,7 @@ def test_requests_without_a_descriptor_are_503(cache: Cache, image: Image) -> No
         for connection in connections:
             assert ask(connection, f"{cache.daemon.url}/health").status == 200
         # The connections to the upstream that are kept must not be used.
-        with limited(cache, 0):
+        with without_free_descriptors(cache.daemon):
             for connection in connections:
                 answer = ask(connection, cache.url(blob))
                 assert_error(answer, 503, "UNAVAILABLE")
@@ -85,6 +83,31 @@ def test_requests_without_a_descriptor_are_503(cache: Cache, image: Image) -> No
         # The link did not count as down.
         assert ask(connections[1], cache.url("team/other/manifests/1")).body == other.manifest.data
         assert "cannot be reached" not in cache.daemon.log[since:]
+
+
+def test_connection_without_a_descriptor_says_nothing_about_the_upstream(tmp_path: Path) -> None:
+    """The system's trust store cannot be read for the first, and a name not be looked up for each; later both can."""
+    authority = Authority(tmp_path / "authority", "authority")
+    trust = {"SSL_CERT_FILE": str(authority.ca), "SSL_CERT_DIR": str(tmp_path / "none")}
+    with ExitStack() as stack:
+        upstream = stack.enter_context(ScriptedRegistry(tls=authority.server_context("localhost")))
+        name = f"localhost:{upstream.port}"
+        daemon = stack.enter_context(Daemon(tmp_path, {name: "https"}, environment=trust))
+        connection = stack.enter_context(closing(connect(daemon.url)))
+        assert ask(connection, f"{daemon.url}/health").status == 200
+        for tag in ("first", "next"):
+            image = plain_image(tag, 1000)
+            upstream.add("team/app", image, tag)
+            # No connection that is kept is used.
+            upstream.close()
+            upstream.open()
+            with without_free_descriptors(daemon):
+                answer = ask(connection, f"{daemon.url}/v2/team/app/manifests/{tag}?ns={name}")
+                assert_error(answer, 503, "UNAVAILABLE")
+                assert b"this server has no file descriptor left" in answer.body
+            answer = ask(connection, f"{daemon.url}/v2/team/app/manifests/{tag}?ns={name}")
+            assert answer.body == image.manifest.data
+        assert "cannot be reached" not in daemon.log
 
 
 def test_connections_wait_while_descriptors_are_scarce(cache: Cache, image: Image) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from twisted.internet.defer import gatherResults
 from twisted.internet.error import DNSLookupError
 from twisted.internet.task import deferLater
 
-from ociregistry.upstream.connect import Resolver
-from tests.unit.support.common import REACTOR, on_reactor, until
+from ociregistry.upstream.connect import GetAddrInfo, Resolver
+from ociregistry.upstream.failures import lacks_descriptors
+from tests.unit.support.common import REACTOR, on_reactor, until, without_free_descriptors
 
 THREADS = 64
 
@@ -51,29 +53,39 @@ def names() -> Iterator[Names]:
     names.release.set()
 
 
+MakeResolver = Callable[[GetAddrInfo], Resolver]
+
+
 @pytest.fixture
-def resolver(names: Names) -> Iterator[Resolver]:
-    """Return a resolver over them."""
-    resolver = Resolver(REACTOR, names)
-    resolver.start()
-    yield resolver
-    resolver.stop()
+def resolver_of() -> Iterator[MakeResolver]:
+    """Return a function that makes a resolver over this replacement of getaddrinfo, and stop all that it made."""
+    made: list[Resolver] = []
+
+    def make(getaddrinfo: GetAddrInfo) -> Resolver:
+        made.append(Resolver(REACTOR, getaddrinfo))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for resolver in made:
+        resolver.stop()
 
 
-Raised = Callable[[], list[Any]]
+@pytest.fixture
+def resolver(names: Names, resolver_of: MakeResolver) -> Resolver:
+    """Return a resolver over the names."""
+    return resolver_of(names)
 
 
-def resolver_of(looked_up: Raised) -> Resolver:
-    """Return a resolver whose lookups all give this."""
-    resolver = Resolver(REACTOR, lambda *_, **__: looked_up())
-    resolver.start()
-    return resolver
+def giving(*addresses: str) -> GetAddrInfo:
+    """Return a replacement of getaddrinfo that finds these for all names."""
+    return lambda *_, **__: found(*addresses)
 
 
-def raising(error: Exception) -> Raised:
-    """Return a lookup function that fails."""
+def raising(error: Exception) -> GetAddrInfo:
+    """Return a replacement of getaddrinfo that fails."""
 
-    def look_up() -> list[Any]:
+    def look_up(*_: object, **__: object) -> list[Any]:
         raise error
 
     return look_up
@@ -86,19 +98,16 @@ async def test_addresses_of_a_name(resolver: Resolver, names: Names) -> None:
 
 
 @on_reactor
-async def test_duplicates_are_dropped_and_order_is_kept() -> None:
-    resolver = resolver_of(lambda: found("fd00::2", "10.0.0.9", "fd00::2", "10.0.0.1", "10.0.0.9"))
+async def test_duplicates_are_dropped_and_order_is_kept(resolver_of: MakeResolver) -> None:
+    resolver = resolver_of(giving("fd00::2", "10.0.0.9", "fd00::2", "10.0.0.1", "10.0.0.9"))
     assert await resolver.addresses("reg.example") == ("fd00::2", "10.0.0.9", "10.0.0.1")
-    resolver.stop()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "8.8.8.8"])
 @on_reactor
-async def test_literal_address(address: str) -> None:
-    resolver = Resolver(REACTOR)
-    resolver.start()
+async def test_literal_address(resolver_of: MakeResolver, address: str) -> None:
+    resolver = resolver_of(socket.getaddrinfo)
     assert await resolver.addresses(address) == (address,)
-    resolver.stop()
 
 
 @on_reactor
@@ -159,28 +168,45 @@ async def test_hanging_name_does_not_block_shutdown(names: Names) -> None:
 
 
 @pytest.mark.parametrize(
-    ("looked_up", "message"),
+    ("look_up", "message"),
     [
         (raising(socket.gaierror(-2, "Name or service not known")), "Name or service not known"),
-        (raising(OSError(24, "Too many open files")), "Too many open files"),
+        (raising(OSError(errno.EIO, "Input/output error")), "Input/output error"),
         (raising(UnicodeError("label too long")), "label too long"),
-        (list, "it has no address"),
+        (giving(), "it has no address"),
     ],
 )
 @on_reactor
-async def test_name_without_address(looked_up: Raised, message: str) -> None:
-    resolver = resolver_of(looked_up)
+async def test_name_without_address(resolver_of: MakeResolver, look_up: GetAddrInfo, message: str) -> None:
+    resolver = resolver_of(look_up)
     for _ in range(2):
         with pytest.raises(DNSLookupError, match=message):
             await resolver.addresses("reg.example")
-    resolver.stop()
 
 
 @pytest.mark.parametrize("name", ["a" * 64 + ".example", "a..example"])
 @on_reactor
-async def test_invalid_host_name(name: str) -> None:
-    resolver = Resolver(REACTOR)
-    resolver.start()
+async def test_invalid_host_name(resolver_of: MakeResolver, name: str) -> None:
+    resolver = resolver_of(socket.getaddrinfo)
     with pytest.raises(DNSLookupError):
         await resolver.addresses(name)
-    resolver.stop()
+
+
+@pytest.mark.parametrize(
+    "told", [OSError(errno.EMFILE, "Too many open files"), socket.gaierror(socket.EAI_NONAME, "no such name")]
+)
+@on_reactor
+async def test_lack_of_descriptors_is_told_from_an_unknown_name(resolver_of: MakeResolver, told: OSError) -> None:
+    """The C library says either, depending on what it has open."""
+    resolver = resolver_of(raising(told))
+    with without_free_descriptors(), pytest.raises(OSError, match="Too many open files") as caught:
+        await resolver.addresses("reg.example")
+    assert lacks_descriptors(caught.value)
+
+
+@on_reactor
+async def test_name_is_asked_for_without_a_descriptor(resolver_of: MakeResolver) -> None:
+    resolver = resolver_of(socket.getaddrinfo)
+    with without_free_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        await resolver.addresses("localhost")
+    assert await resolver.addresses("localhost")

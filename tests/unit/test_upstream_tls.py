@@ -14,6 +14,7 @@ from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.upstream.failures import CertificateRefused
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.certificates import Authority
+from tests.unit.support.common import without_free_descriptors
 
 HOST = "reg.example"
 Files = tuple[Path, Path]
@@ -129,6 +130,16 @@ def test_system_trust(good: TlsServer, authority: Authority, system_trust: Path)
     system_trust.write_bytes(authority.ca.read_bytes())
     shake_hands(policy(), good)
     assert good.names == [b"reg.example"] * 2
+
+
+def test_system_trust_is_not_taken_for_empty_without_a_descriptor(
+    good: TlsServer, authority: Authority, system_trust: Path
+) -> None:
+    system_trust.write_bytes(authority.ca.read_bytes())
+    upstream = policy()
+    with without_free_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        upstream.creatorForNetloc(b"reg.example", 443)
+    shake_hands(upstream, good)
 
 
 def test_configured_authority_replaces_system_trust(
