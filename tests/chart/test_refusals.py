@@ -67,6 +67,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"registries": [{"name": "a.b/team"}]}, "/registries/0/name"),
     ({"registries": [{"name": "a.b", "auth": {"user": "u", "password": 123}}]}, "got number, want string"),
     ({"registries": [{"name": "a.b", "auth": {"password_file": "relative"}}]}, "/registries/0/auth/password_file"),
+    ({"registries": [{"name": "a.b", "mirrors": ["mirror:8080"]}]}, "/registries/0/mirrors/0"),
+    ({"registries": [{"name": "a.b", "mirrors": ["https://user:secret@mirror"]}]}, "/registries/0/mirrors/0"),
     ({"replicas": -1}, "/replicas"),
     ({"adminListen": "8081"}, "/adminListen"),
     ({"service": {"nodePort": 0}}, "/service/nodePort"),
