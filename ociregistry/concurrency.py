@@ -1,4 +1,4 @@
-"""Events and single flight: several waiters for one result. Back-off: the intervals between tries.
+"""Events and single flight: several waiters for one result. Back-off: the intervals between tries. A pool of threads.
 
 A Deferred can be awaited only once, and cancelling it cancels the work. Here every waiter gets a Deferred of its own,
 which can be cancelled or time out without an effect on the work and on the other waiters.
@@ -6,19 +6,23 @@ which can be cancelled or time out without an effect on the work and on the othe
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from threading import Thread
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
 
 from ociregistry.errors import RegistryError
 
 _log = Logger(namespace="ociregistry")
 
 K = TypeVar("K", bound=Hashable)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _MOST_DOUBLINGS = 60
@@ -106,3 +110,71 @@ class SingleFlight(Generic[K, T]):
                 _log.failure("a shared call without waiters failed", result)
         while waiting:
             waiting.pop(0).callback(result)
+
+
+_LIMITED = "the limit of processes is reached (pids.max of a container, or ulimit -u)"
+
+
+class _DaemonThread(Thread):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(daemon=True, **arguments)
+
+
+class DaemonThreadPool(ThreadPool):
+    """Up to `most` threads that do not keep the process alive, as their work may never return.
+
+    One runs from the start. Where the system starts no further one, as a container may have few, work waits for those
+    that run: Twisted's own pool raises an error then.
+    """
+
+    threadFactory = _DaemonThread  # type: ignore[assignment]  # Twisted declares the class, and calls it
+
+    def __init__(self, most: int, name: str) -> None:
+        super().__init__(1, most, name)
+        self._most = most
+        self._told = most
+        """The number of threads for which it was logged last that there cannot be more."""
+
+    def start(self) -> None:
+        """Start the first thread, and those for which there is work.
+
+        Raises:
+            OSError: no thread can be started.
+        """
+        try:
+            super().start()
+        except RuntimeError as error:
+            self._take_what_runs(error)
+
+    def callInThreadWithCallback(
+        self, onResult: Callable[[bool, T], object] | None, func: Callable[P, T], *args: P.args, **kw: P.kwargs
+    ) -> None:
+        """Call `func` in a thread, and there `onResult` with whether it succeeded, and with its result or failure."""
+        self.max = self._most
+        try:
+            super().callInThreadWithCallback(onResult, func, *args, **kw)
+        except RuntimeError as error:
+            self._take_what_runs(error)
+            super().callInThreadWithCallback(onResult, func, *args, **kw)
+
+    def _take_what_runs(self, error: RuntimeError) -> None:
+        # Twisted keeps also those that it could not start, and would wait for their end.
+        self.threads = [thread for thread in self.threads if thread.ident is not None]
+        self.max = self.workers
+        if not self.max:
+            raise OSError(errno.EAGAIN, f"{error}: {_LIMITED}") from None
+        if self.max != self._told:
+            self._told = self.max
+            _log.warn(
+                "no further thread can be started, {threads} of up to {most} do the work of {part}: {why}",
+                why=f"{error}: {_LIMITED}",
+                threads=self.max,
+                most=self._most,
+                part=self.name,
+            )
+
+    def end(self) -> list[Thread]:
+        """Have each thread end after its work; return those that have not been waited for."""
+        threads, self.threads = self.threads, []
+        self.stop()
+        return threads

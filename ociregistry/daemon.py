@@ -6,8 +6,9 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from twisted.application.service import IService, MultiService
 from twisted.internet import defer
@@ -25,6 +26,7 @@ from ociregistry.admin.errors import RecentErrors
 from ociregistry.admin.rates import Rates
 from ociregistry.admin.status import Server, StatusReader
 from ociregistry.composition import make_store, put_together, stop_in_turn
+from ociregistry.concurrency import DaemonThreadPool
 from ociregistry.config.files import FileWatcher
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.values import count_text
@@ -54,11 +56,15 @@ from ociregistry.web.site import RegistrySite
 
 _log = Logger(namespace="ociregistry")
 
+T = TypeVar("T")
+
 _DRAIN = 30.0
 """Seconds that requests in flight get to end when the daemon stops."""
 _FLUSH = 5.0
 """Seconds that connections then get to send the rest of their last responses."""
 
+_THREADS = 3
+"""Threads that read the settings, look at their files, and read a list to preload, until the process ends."""
 _AT_NEXT_START = (
     *("image_path", "port", "listen", "admin_listen", "log_format", "pull_timeout"),
     *("always_pull_latest", "air_gapped", "complete_images", "complete_metadata", "complete_platforms"),
@@ -83,6 +89,7 @@ class Daemon(MultiService):
         self._load = load
         self._files = settings.files
         self._reactor = reactor
+        self._threads = DaemonThreadPool(_THREADS, "settings")
         self._twistd_options = twistd_options
         self._started = datetime.now(UTC)
         self._reloading = DeferredLock()
@@ -163,7 +170,7 @@ class Daemon(MultiService):
         self._control = ControlListener(self._store, ControlSite(self._site, admin), reactor)
         preloading = [self._preloader] if self._preloader is not None else []
         working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance, rates]
-        watcher = FileWatcher(lambda: self._files, self.reload, reactor, reactor)
+        watcher = FileWatcher(lambda: self._files, self.reload, self._in_thread, reactor)
         for service in (self._listeners, self._admin, self._store, self._control, *working, watcher):
             service.setServiceParent(self)
 
@@ -182,8 +189,7 @@ class Daemon(MultiService):
             progress=NullProgress(),
             clock=self._reactor,
         )
-        pool = self._reactor.getThreadPool()
-        return Preloader(lambda: deferToThreadPool(self._reactor, pool, read_image_list, path), loader, self._reactor)
+        return Preloader(lambda: self._in_thread(partial(read_image_list, path)), loader, self._reactor)
 
     def setServiceParent(self, parent: IService) -> None:
         """Attach to the application, and put `--log-level` and `--log-format` before the log's file."""
@@ -214,6 +220,7 @@ class Daemon(MultiService):
         try:
             # The index and the program stay: a collection that goes through them finds nothing, and all wait.
             with collection_paused(for_good=True):
+                self._threads.start()
                 super().startService()
         except OSError as error:
             self._give_up(unusable_store(self._settings.image_path, error))
@@ -255,10 +262,13 @@ class Daemon(MultiService):
         self._reload_failed = f"a defect in reloading the settings: {type(failure.value).__name__}: {failure.value}"
         _log.failure("a defect in reloading the settings", failure)
 
+    def _in_thread(self, function: Callable[[], T]) -> Deferred[T]:
+        return deferToThreadPool(self._reactor, self._threads, function)
+
     async def _reload(self) -> None:
         self._systemd.reloading()
         try:
-            settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
+            settings = await self._in_thread(self._load)
         except ConfigInvalid as error:
             self._files, self._reload_failed = error.files, str(error)
             _log.error("reload failed, settings unchanged: {why}", why=error)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThread
+from twisted.internet.threads import deferToThreadPool
 from twisted.python import usage
 
 from ociregistry.archives.importing import Importer
@@ -19,6 +18,7 @@ from ociregistry.commands.imagefiles import ANY_IMAGE_FIELD, open_images, path_o
 from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import become_owner, run_on_reactor
+from ociregistry.concurrency import DaemonThreadPool
 from ociregistry.config.values import count_text
 from ociregistry.errors import RegistryError
 from ociregistry.imagelists.reading import parse_image
@@ -34,9 +34,6 @@ from ociregistry.pullthrough.loader import (
 )
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Load(Command):
@@ -165,10 +162,6 @@ def _is_named_like_an_image(word: str) -> bool:
     return ":" in word or (bool(slash) and ("." in first or first == "localhost"))
 
 
-def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-    return deferToThread(function, *args, **kwargs)
-
-
 async def _load(
     archives: Sequence[Archive],
     images: Sequence[ImageReference],
@@ -182,11 +175,15 @@ async def _load(
     Errors of archives that cannot be used at all are appended to `refused`.
     """
     outcomes: list[LoadResult] = []
-    with shown() as progress:
+    threads = DaemonThreadPool(1, "archives")
+    with shown() as progress, ExitStack() as stopped:
+        threads.start()
+        stopped.callback(threads.stop)
         async with opened_store(settings, reactor, adopts=not daemon_runs(settings)) as store:
             for archive in archives:
                 try:
-                    outcomes += await Importer(store, _in_thread, progress, platforms).bring(archive)
+                    in_thread = partial(deferToThreadPool, reactor, threads)
+                    outcomes += await Importer(store, in_thread, progress, platforms).bring(archive)
                 except ArchiveFailure as error:
                     refused.append(str(error))
             if images:

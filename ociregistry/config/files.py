@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
@@ -91,13 +90,16 @@ class FileWatcher(Service):
         self,
         read: Callable[[], Versions],
         changed: Callable[[], Deferred[None]],
-        reactor: IReactorFromThreads,
+        in_thread: Callable[[Callable[[], Versions]], Deferred[Versions]],
         clock: IReactorTime,
     ) -> None:
-        """Call `changed` when files differ from what `read` returns, and look again when its Deferred has fired."""
+        """Call `changed` when files differ from what `read` returns, and look again when its Deferred has fired.
+
+        A look that a network file system never answers keeps its thread; no other look begins meanwhile.
+        """
         self._read = read
         self._changed = changed
-        self._reactor = reactor
+        self._in_thread = in_thread
         self._last_look: Versions = {}
         self._unsettled = 0
         """Looks in a row that found other versions than the look before."""
@@ -118,21 +120,9 @@ class FileWatcher(Service):
 
     def _look(self) -> Deferred[None] | None:
         paths = list(self._read())
-        return self._versions(paths).addCallback(self._compare) if paths else None
-
-    def _versions(self, paths: Iterable[Path]) -> Deferred[Versions]:
-        """Look at files in a thread.
-
-        It does not keep the process alive, as a network file system may never answer; no other look begins meanwhile.
-        """
-        looked: Deferred[Versions] = Deferred()
-
-        def look() -> None:
-            versions = {path: Version.of(path) for path in paths}
-            self._reactor.callFromThread(looked.callback, versions)
-
-        Thread(target=look, name="configuration", daemon=True).start()
-        return looked
+        if not paths:
+            return None
+        return self._in_thread(lambda: {path: Version.of(path) for path in paths}).addCallback(self._compare)
 
     def _compare(self, found: Versions) -> Deferred[None] | None:
         last_look, self._last_look = self._last_look, found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread, get_native_id
+from threading import get_native_id
 from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred, DeferredSemaphore, execute, fail, succeed
@@ -19,6 +20,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
+from ociregistry.concurrency import DaemonThreadPool
 from ociregistry.store.files import SharedFile, close_descriptor, read_written
 from ociregistry.store.pagecache import SLICE, TURN, is_resident, read_resident, send_for_a_turn
 from ociregistry.store.sockets import SocketNumber, send_file
@@ -55,17 +57,6 @@ class Hung(OSError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(errno.ETIMEDOUT, f"the disk has not answered for {READ_WITHIN} s", str(path))
-
-
-class _DaemonThread(Thread):
-    """A thread that does not keep the process alive, as its job may never return."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(daemon=True, **arguments)
-
-
-class _Pool(ThreadPool):
-    threadFactory = _DaemonThread  # type: ignore[assignment]  # Twisted declares the class, and calls it
 
 
 @dataclass(eq=False)
@@ -123,11 +114,11 @@ class Threads:
 
     def __init__(self, reactor: IReactorFromThreads, clock: IReactorTime) -> None:
         self._reactor = reactor
-        self._reading = _Pool(0, _MOST_READERS, "store-reading")
-        self._writing = _Pool(0, _WRITERS, "store-writing")
-        self._in_turn = _Pool(0, 1, "store-in-turn")
-        self._closing = _Pool(0, 1, "store-closing")
-        self._computing = _Pool(0, 1, "store-computing")
+        self._reading = DaemonThreadPool(_MOST_READERS, "store-reading")
+        self._writing = DaemonThreadPool(_WRITERS, "store-writing")
+        self._in_turn = DaemonThreadPool(1, "store-in-turn")
+        self._closing = DaemonThreadPool(1, "store-closing")
+        self._computing = DaemonThreadPool(1, "store-computing")
         self._waiting: dict[_Read, None] = {}
         """The reads that wait for a thread, in their order."""
         self._reads: dict[_Read, None] = {}
@@ -158,19 +149,15 @@ class Threads:
         self._loop.stop()
         for job in list(self._waiting):
             self._drop(job)
-        stopping = [_DaemonThread(target=pool.stop) for pool in self._pools]
-        for thread in stopping:
-            thread.start()
-        for thread in stopping:
-            thread.join(_END_WITHIN)
-        if any(thread.is_alive() for thread in stopping):
-            _log.error(
-                "stopping although the disk does not answer: {why}",
-                why=_counted(sum(thread.is_alive() for pool in self._pools for thread in pool.threads)),
-            )
+        threads = [thread for pool in self._pools for thread in pool.end()]
+        until = time.monotonic() + _END_WITHIN
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        if running := sum(thread.is_alive() for thread in threads):
+            _log.error("stopping although the disk does not answer: {why}", why=_counted(running))
 
     @property
-    def _pools(self) -> tuple[ThreadPool, ...]:
+    def _pools(self) -> tuple[DaemonThreadPool, ...]:
         return self._reading, self._writing, self._in_turn, self._closing, self._computing
 
     @property

@@ -31,12 +31,11 @@ from twisted.internet.interfaces import (
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
-from twisted.python.threadpool import ThreadPool
 from twisted.web.client import URI
 from twisted.web.iweb import IAgentEndpointFactory, IPolicyForHTTPS
 from zope.interface import implementer
 
-from ociregistry.concurrency import SingleFlight
+from ociregistry.concurrency import DaemonThreadPool, SingleFlight
 from ociregistry.config.proxy import Proxy
 from ociregistry.errors import Denied, is_out_of_descriptors
 from ociregistry.process import lowest_free_descriptor
@@ -136,7 +135,7 @@ class Resolver:
     def __init__(self, reactor: IReactorFromThreads, getaddrinfo: GetAddrInfo = socket.getaddrinfo) -> None:
         self._reactor = reactor
         self._getaddrinfo = getaddrinfo
-        self._threads = ThreadPool(0, _THREADS, "resolver")
+        self._threads = DaemonThreadPool(_THREADS, "resolver")
         self._single_flight: SingleFlight[str, tuple[str, ...] | OSError] = SingleFlight()
 
     def start(self) -> None:
@@ -145,7 +144,7 @@ class Resolver:
 
     def stop(self) -> None:
         """Stop the threads without waiting for look-ups that hang; their threads end with them."""
-        self._threads.adjustPoolsize(0, 0)
+        self._threads.end()
 
     def addresses(self, host: str) -> Deferred[tuple[str, ...]]:
         """Resolve `host`; the Deferred fires with its IP addresses, at least one, best first.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from threading import Thread, current_thread
+
 import pytest
-from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.defer import CancelledError, Deferred, fail, gatherResults, succeed
 from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import LogEvent, LogLevel
 from twisted.python.failure import Failure
 
-from ociregistry.concurrency import Backoff, Event, SingleFlight
+from ociregistry.concurrency import Backoff, DaemonThreadPool, Event, SingleFlight
 from ociregistry.errors import Unavailable
-from tests.unit.support.common import failed, fired, texts
+from tests.unit.support.common import REACTOR, failed, fired, on_reactor, texts, until
 
 
 class Work:
@@ -233,3 +238,82 @@ def test_jitter_shortens_interval_by_up_to_half(jitter: float, share: float) -> 
 
 def test_back_off_survives_many_failures() -> None:
     assert Backoff(first=0.5, longest=5.0).interval(1_000_000) == 5
+
+
+class Threads:
+    """The threads of pools, of which the system starts no more than `most`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.most = most
+        self.refused = 0
+        self._running: list[Thread] = []
+        really_start = Thread.start
+
+        def start(thread: Thread) -> None:
+            if sum(one.is_alive() for one in self._running) >= self.most:
+                self.refused += 1
+                raise RuntimeError("can't start new thread")
+            really_start(thread)
+            self._running.append(thread)
+
+        monkeypatch.setattr(Thread, "start", start)
+
+
+@pytest.fixture
+def pool() -> Iterator[DaemonThreadPool]:
+    """A pool of up to eight threads, not started."""
+    pool = DaemonThreadPool(8, "tested")
+    yield pool
+    if pool.started:
+        pool.end()
+
+
+@on_reactor
+async def test_threads_that_run_do_the_work_where_no_further_one_starts(
+    pool: DaemonThreadPool, monkeypatch: pytest.MonkeyPatch, events: list[LogEvent]
+) -> None:
+    system = Threads(monkeypatch, 2)
+    release = threading.Event()
+    pool.start()
+    waiting = [deferToThreadPool(REACTOR, pool, release.wait, 30) for _ in range(2)]
+    results = [deferToThreadPool(REACTOR, pool, str, number) for number in range(20)]
+    await until(lambda: len(pool.working) == 2)
+    assert (system.refused > 0, pool.workers, any(result.called for result in results)) == (True, 2, False)
+    release.set()
+    assert await gatherResults(results) == [str(number) for number in range(20)]
+    assert await gatherResults(waiting) == [True, True]
+    (line,) = texts(events, LogLevel.warn)
+    assert line.startswith("no further thread can be started, 2 of up to 8 do the work of tested: can't start new ")
+    # Those that could not be started are forgotten, and more are started as soon as that succeeds.
+    assert len(pool.threads) == 2
+    system.most = 5
+    release.clear()
+    waiting = [deferToThreadPool(REACTOR, pool, release.wait, 30) for _ in range(4)]
+    await until(lambda: len(pool.working) == 4)
+    release.set()
+    await gatherResults(waiting)
+    for thread in pool.end():
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@on_reactor
+async def test_work_from_before_the_start_is_done_by_a_single_thread(
+    pool: DaemonThreadPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [deferToThreadPool(REACTOR, pool, str, number) for number in range(3)]
+    Threads(monkeypatch, 1)
+    pool.start()
+    assert await gatherResults(results) == ["0", "1", "2"]
+
+
+def test_pool_without_a_thread_is_not_started(pool: DaemonThreadPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    Threads(monkeypatch, 0)
+    with pytest.raises(OSError, match="can't start new thread: the limit of processes is reached"):
+        pool.start()
+
+
+@on_reactor
+async def test_threads_do_not_keep_the_process_alive(pool: DaemonThreadPool) -> None:
+    pool.start()
+    assert (await deferToThreadPool(REACTOR, pool, current_thread)).daemon

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import LogEvent
 
+from ociregistry.concurrency import DaemonThreadPool
 from ociregistry.config.files import ConfigFiles, FileWatcher, Version, Versions
 from tests.unit.support.common import REACTOR, on_reactor, texts, turn, until
 
@@ -55,7 +58,10 @@ class Looks:
         """Whether a change that is told leads to new versions."""
         self._asked = 0
         self._versions = self._now()
-        self.watcher = FileWatcher(self._read, self._changed, REACTOR, self.clock)
+        self.threads = DaemonThreadPool(1, "looks")
+        self.threads.start()
+        in_thread = partial(deferToThreadPool, REACTOR, self.threads)
+        self.watcher = FileWatcher(self._read, self._changed, in_thread, self.clock)
         self.watcher.startService()
 
     def _now(self) -> Versions:
@@ -107,6 +113,7 @@ def watch() -> Iterator[Callable[..., Looks]]:
     for looks in made:
         if looks.watcher.running:
             looks.watcher.stopService()
+        looks.threads.end()
 
 
 def test_files_that_were_read_are_noted(path: Path, tmp_path: Path) -> None:
@@ -293,12 +300,10 @@ async def test_file_system_that_does_not_answer_holds_nothing_up(
         looks.clock.pump([5] * 20)
         await until(lambda: looking[0])
         assert looking == [1], "one look at a time"
-        (thread,) = (thread for thread in threading.enumerate() if thread.name == "configuration")
-        assert thread.daemon, "the process ends without it"
     finally:
         monkeypatch.undo()
         answers.set()
-    await until(lambda: not thread.is_alive())
+    await until(lambda: not looks.threads.working)
     await turn()
     assert await looks.look() == 1, "the look that took long was the first"
 
@@ -310,6 +315,6 @@ async def test_nothing_is_told_after_the_end(watch: Callable[..., Looks], path: 
     await looks.look()
     looks.clock.advance(5)
     looks.watcher.stopService()
-    await until(lambda: not any(thread.name == "configuration" for thread in threading.enumerate()))
+    await until(lambda: not looks.threads.working)
     await turn()
     assert (looks.told, looks.clock.getDelayedCalls()) == (0, [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def look(clock: Clock) -> Look:
     async def look(daemon: Daemon) -> None:
         for _ in range(4):
             clock.advance(5)
-            await until(lambda: not any(thread.name == "configuration" for thread in threading.enumerate()))
+            await until(lambda: not daemon._threads.working)
             await turn()
             await until(lambda: not daemon._reloading.locked)
 

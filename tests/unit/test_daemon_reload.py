@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -107,11 +109,12 @@ async def test_changed_log_level_takes_effect(root: Path, path: Path, capsys: py
     daemon = make(root, "--config-path", str(path))
     daemon.setServiceParent(application)
     log = Logger(namespace="ociregistry", observer=ILogObserver(application))
-    for level in ("info", "error"):
-        log.info("an info before it is {next}", next=level)
-        log.warn("a warning before it is {next}", next=level)
-        path.write_text(f"log_level: {level}\n")
-        await daemon.reload()
+    with with_threads(daemon):
+        for level in ("info", "error"):
+            log.info("an info before it is {next}", next=level)
+            log.warn("a warning before it is {next}", next=level)
+            path.write_text(f"log_level: {level}\n")
+            await daemon.reload()
     log.warn("a warning in the end")
     assert [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()] == [
         "a warning before it is info",
@@ -147,6 +150,14 @@ async def test_invalid_file_changes_nothing_and_is_one_line(
     path.write_text("allow_upstreams: quay.io\n")
     await daemon.reload()
     assert (await get(network, events, MANIFEST)).status == 403
+
+
+@contextmanager
+def with_threads(daemon: Daemon) -> Iterator[Daemon]:
+    """Let a daemon that was not started reload its settings until the block ends."""
+    daemon._threads.start()
+    yield daemon
+    daemon._threads.end()
 
 
 def unstarted(path: Path, text: str, *argv: str) -> Daemon:
@@ -185,7 +196,8 @@ async def test_setting_that_needs_restart_is_a_warning(
     authority.issue("a")
     daemon = unstarted(path, "log_level: warn\n")
     path.write_text(text)
-    await daemon.reload()
+    with with_threads(daemon):
+        await daemon.reload()
     assert warnings_and_errors(events) == [f"{keys}: changes take effect at the next start"]
     assert len(reload_messages(events)) == 1
 
@@ -210,7 +222,8 @@ async def test_unchanged_settings_cause_no_warning(path: Path, authority: Author
     daemon = unstarted(path, "port: 5000\nlog_level: info\ntls: {cert: a.crt, key: a.key}\n")
     authority.issue("a")
     path.write_text("log_level: error\nport: 5000\nallow_upstreams: a.b\ntls: {key: a.key, cert: a.crt}\n")
-    await daemon.reload()
+    with with_threads(daemon):
+        await daemon.reload()
     assert warnings_and_errors(events) == []
 
 
@@ -218,13 +231,15 @@ async def test_unchanged_settings_cause_no_warning(path: Path, authority: Author
 async def test_command_line_still_takes_precedence(path: Path, events: list[LogEvent]) -> None:
     daemon = unstarted(path, "port: 5000\n", "--port", "5001")
     path.write_text("port: 5002\n")
-    await daemon.reload()
+    with with_threads(daemon):
+        await daemon.reload()
     assert warnings_and_errors(events) == []
 
 
 @on_reactor
 async def test_reload_without_a_file(root: Path, events: list[LogEvent]) -> None:
-    await make(root).reload()
+    with with_threads(make(root)) as daemon:
+        await daemon.reload()
     assert warnings_and_errors(events) == []
     assert reload_messages(events) == ["settings reloaded: 0 upstreams configured"]
 
@@ -276,8 +291,8 @@ async def test_later_of_two_concurrent_reloads_wins(events: list[LogEvent]) -> N
             time.sleep(0.1)
         return settings
 
-    daemon = Daemon(first, load, REACTOR, ServerOptions())
-    await gatherResults([daemon.reload(), daemon.reload()])
+    with with_threads(Daemon(first, load, REACTOR, ServerOptions())) as daemon:
+        await gatherResults([daemon.reload(), daemon.reload()])
     assert daemon._network._settings is second
 
 
@@ -292,11 +307,11 @@ async def test_defect_in_a_reload_is_logged_and_does_not_block_the_next(events: 
             raise ZeroDivisionError
         return settings
 
-    daemon = Daemon(settings, load, REACTOR, ServerOptions())
-    await daemon.reload()
-    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
-    assert reload_messages(events) == []
-    await daemon.reload()
+    with with_threads(Daemon(settings, load, REACTOR, ServerOptions())) as daemon:
+        await daemon.reload()
+        assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+        assert reload_messages(events) == []
+        await daemon.reload()
     assert len(reload_messages(events)) == 1
 
 

@@ -198,7 +198,7 @@ async def test_read_of_many_files_that_goes_on_does_not_hang(
 async def test_stop_does_not_wait_for_what_hangs(
     disk: Disk, clock: Clock, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ociregistry.store.threads, "_END_WITHIN", 0.01)
+    monkeypatch.setattr(ociregistry.store.threads, "_END_WITHIN", 0.5)
     threads = Threads(REACTOR, clock)
     threads.start()
     for run in (threads.read, threads.write, threads.write_in_turn):
