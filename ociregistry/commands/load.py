@@ -176,13 +176,14 @@ async def _load(
     """
     outcomes: list[LoadResult] = []
     threads = DaemonThreadPool(1, "archives")
+    in_thread = partial(deferToThreadPool, reactor, threads)
     with shown() as progress, ExitStack() as stopped:
-        threads.start()
-        stopped.callback(threads.stop)
+        if archives:
+            threads.start()
+            stopped.callback(threads.stop)
         async with opened_store(settings, reactor, adopts=not daemon_runs(settings)) as store:
             for archive in archives:
                 try:
-                    in_thread = partial(deferToThreadPool, reactor, threads)
                     outcomes += await Importer(store, in_thread, progress, platforms).bring(archive)
                 except ArchiveFailure as error:
                     refused.append(str(error))

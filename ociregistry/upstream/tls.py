@@ -65,7 +65,7 @@ class ContextCache:
         if key not in self._contexts:
             ca, system = (trust.ca, trust.system) if trust is not None else (None, False)
             if system:
-                # OpenSSL would silently leave out the files that it cannot open, and trust nobody.
+                # OpenSSL ignores a file that it cannot open: no certificate would be trusted.
                 lowest_free_descriptor()
             context = openssl_context(identity, ca, system_trust=system)
             if trust is not None:
