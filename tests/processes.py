@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -210,3 +211,14 @@ class Daemon(Server):
 def twistd(*arguments: str, options: Sequence[str] = ("-n", "--pidfile=")) -> list[str]:
     """Return the command line of our plugin under twistd with its own `options`, on the Python of the tests."""
     return [sys.executable, "-c", _TWISTD, *options, "ociregistry", *arguments]
+
+
+@contextmanager
+def without_free_descriptors(pid: int) -> Iterator[None]:
+    """Let a process open no file and no socket until the block ends."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)

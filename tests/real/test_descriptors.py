@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from tests import procfs
 from tests.certificates import Authority
 from tests.client import ask, connect, fetch
 from tests.images import MIB, Image
-from tests.processes import Daemon, wait_until
+from tests.processes import Daemon, wait_until, without_free_descriptors
 from tests.real.caches import SOON, Cache, assert_error, cache_in, plain_image
 from tests.upstream import ScriptedRegistry
 
@@ -42,16 +42,6 @@ def image(cache: Cache) -> Image:
     return image
 
 
-@contextmanager
-def without_free_descriptors(daemon: Daemon) -> Iterator[None]:
-    """Let the daemon open no file and no socket until the block ends."""
-    pid = daemon.process.pid
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
-    yield
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-
-
 def lines(cache: Cache, since: int, part: str) -> list[str]:
     """Return the lines of the log with this part."""
     return [line for line in cache.daemon.log[since:].splitlines() if part in line]
@@ -68,7 +58,7 @@ def test_requests_without_a_descriptor_are_503(cache: Cache, image: Image) -> No
         for connection in connections:
             assert ask(connection, f"{cache.daemon.url}/health").status == 200
         # The connections to the upstream that are kept must not be used.
-        with without_free_descriptors(cache.daemon):
+        with without_free_descriptors(cache.daemon.process.pid):
             for connection in connections:
                 answer = ask(connection, cache.url(blob))
                 assert_error(answer, 503, "UNAVAILABLE")
@@ -101,7 +91,7 @@ def test_connection_without_a_descriptor_says_nothing_about_the_upstream(tmp_pat
             # No connection that is kept is used.
             upstream.close()
             upstream.open()
-            with without_free_descriptors(daemon):
+            with without_free_descriptors(daemon.process.pid):
                 answer = ask(connection, f"{daemon.url}/v2/team/app/manifests/{tag}?ns={name}")
                 assert_error(answer, 503, "UNAVAILABLE")
                 assert b"this server has no file descriptor left" in answer.body

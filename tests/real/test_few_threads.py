@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import procfs
 from tests.disk_faults import drop
 from tests.images import Image
 from tests.processes import Daemon
@@ -32,7 +33,7 @@ def folder() -> Iterator[Path]:
 
 
 def limited(folder: Path, upstream: ScriptedRegistry, threads: int) -> Daemon:
-    """Return a daemon that may have so many threads, not started."""
+    """Make a daemon that may have this number of threads; it is not started."""
     daemon = Daemon(folder, {upstream.host: "http"}, "--no-complete-images")
     daemon.argv = ["prlimit", f"--nproc={threads}", "setpriv", f"--reuid={USER}", "--clear-groups", *daemon.argv]
     return daemon
@@ -59,7 +60,7 @@ def test_all_is_served_by_the_threads_that_run(folder: Path) -> None:
                 for image in images.values():
                     cache.wait_stored(image.layers[0].digest)
                     drop(blob_file(daemon, image.layers[0].digest))
-        assert len(list(Path(f"/proc/{daemon.process.pid}/task").iterdir())) == AT_START + 1
+        assert procfs.threads(daemon.process.pid) == AT_START + 1
         daemon.terminate(30)
         assert "no further thread can be started, " in daemon.log
         assert "Traceback" not in daemon.log

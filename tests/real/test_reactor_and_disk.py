@@ -1,4 +1,4 @@
-"""Only threads wait for the disk: the reactor makes no call on the store that may, whatever the daemon does."""
+"""The reactor makes no call on the store that may wait for the disk; only threads do."""
 
 from __future__ import annotations
 

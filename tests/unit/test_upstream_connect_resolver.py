@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from twisted.internet.task import deferLater
 
 from ociregistry.upstream.connect import GetAddrInfo, Resolver
 from ociregistry.upstream.failures import lacks_descriptors
-from tests.unit.support.common import REACTOR, on_reactor, until, without_free_descriptors
+from tests.processes import without_free_descriptors
+from tests.unit.support.common import REACTOR, on_reactor, until
 
 THREADS = 64
 
@@ -199,7 +201,7 @@ async def test_invalid_host_name(resolver_of: MakeResolver, name: str) -> None:
 async def test_lack_of_descriptors_is_told_from_an_unknown_name(resolver_of: MakeResolver, told: OSError) -> None:
     """The C library says either, depending on what it has open."""
     resolver = resolver_of(raising(told))
-    with without_free_descriptors(), pytest.raises(OSError, match="Too many open files") as caught:
+    with without_free_descriptors(os.getpid()), pytest.raises(OSError, match="Too many open files") as caught:
         await resolver.addresses("reg.example")
     assert lacks_descriptors(caught.value)
 
@@ -207,6 +209,6 @@ async def test_lack_of_descriptors_is_told_from_an_unknown_name(resolver_of: Mak
 @on_reactor
 async def test_name_is_asked_for_without_a_descriptor(resolver_of: MakeResolver) -> None:
     resolver = resolver_of(socket.getaddrinfo)
-    with without_free_descriptors(), pytest.raises(OSError, match="Too many open files"):
+    with without_free_descriptors(os.getpid()), pytest.raises(OSError, match="Too many open files"):
         await resolver.addresses("localhost")
     assert await resolver.addresses("localhost")

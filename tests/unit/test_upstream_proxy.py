@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,7 +30,8 @@ from ociregistry.upstream.network import Network
 from ociregistry.upstream.proxy import Route
 from tests.certificates import Authority
 from tests.forward_proxy import ForwardProxy
-from tests.unit.support.common import REACTOR, failed, on_reactor, texts, until, without_free_descriptors
+from tests.processes import without_free_descriptors
+from tests.unit.support.common import REACTOR, failed, on_reactor, texts, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Redirect, Reply
@@ -361,7 +363,7 @@ async def test_lack_of_descriptors_says_nothing_about_the_proxy(
 ) -> None:
     breakers = CircuitBreakers(REACTOR)
     client = asking.client(through(proxy), scheme=scheme, breakers=breakers)
-    with without_free_descriptors(), pytest.raises(OutOfDescriptors) as refused:
+    with without_free_descriptors(os.getpid()), pytest.raises(OutOfDescriptors) as refused:
         await asking.get(client)
     why = "this server has no file descriptor left for a connection"
     assert refused.value.message == f"{NAME}: {why}, through the proxy {proxy.url}"

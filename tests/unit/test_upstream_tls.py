@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.upstream.failures import CertificateRefused
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.certificates import Authority
-from tests.unit.support.common import without_free_descriptors
+from tests.processes import without_free_descriptors
 
 HOST = "reg.example"
 Files = tuple[Path, Path]
@@ -137,7 +138,7 @@ def test_system_trust_is_not_taken_for_empty_without_a_descriptor(
 ) -> None:
     system_trust.write_bytes(authority.ca.read_bytes())
     upstream = policy()
-    with without_free_descriptors(), pytest.raises(OSError, match="Too many open files"):
+    with without_free_descriptors(os.getpid()), pytest.raises(OSError, match="Too many open files"):
         upstream.creatorForNetloc(b"reg.example", 443)
     shake_hands(upstream, good)
 

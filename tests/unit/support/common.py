@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,17 +105,6 @@ async def until(predicate: Callable[[], object]) -> None:
         if time.monotonic() > limit:
             raise AssertionError("it never came")
         await deferLater(REACTOR, 0.001)
-
-
-@contextmanager
-def without_free_descriptors() -> Iterator[None]:
-    """Let this process open no file and no socket until the block ends."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def texts(events: Iterable[LogEvent], level: LogLevel | None = None) -> list[str]:
